@@ -16,6 +16,7 @@ from mura_batch.errors import Misconfigured
 
 PREFIX = "MURA_BATCH_"
 NOTICE = "research use only, not a medical device"
+STATUS_FILE = ".daemon.json"  # in the home: what the daemon last said of itself
 PUBLISHED_WEIGHTS = "https://github.com/mariamvol/mura-model-classifier/releases/download/v0.1.0"
 
 
@@ -64,7 +65,9 @@ class Settings:
     )
     attempts: int = _setting(5, "a study that fails for a passing reason is tried this often")
     retry_seconds: float = _setting(30.0, "wait before the first retry; doubles each time")
-    weights_url: str = _setting(PUBLISHED_WEIGHTS, "where `models fetch` finds XR_AREA_FINAL_best.pt")
+    weights_url: str = _setting(
+        PUBLISHED_WEIGHTS, "where `models fetch` finds XR_AREA_FINAL_best.pt"
+    )
     rules: AreaRules = field(default_factory=AreaRules)
 
     @property

@@ -1,13 +1,13 @@
 """The error tree. Every message says what happened and what to do next.
 
-    MuraError
-    ├── Transient       the same input may work later: try again
-    ├── Rejected        this input will never work unchanged: quarantine, with a code
-    │   ├── UnreadableImage
-    │   └── UnsupportedArea
-    └── Misconfigured   the site or the command is wrong: stop and tell
-        ├── NoWeights
-        └── WeightsRefused
+MuraError
+├── Transient       the same input may work later: try again
+├── Rejected        this input will never work unchanged: quarantine, with a code
+│   ├── UnreadableImage
+│   └── UnsupportedArea
+└── Misconfigured   the site or the command is wrong: stop and tell
+    ├── NoWeights
+    └── WeightsRefused
 """
 
 from __future__ import annotations

@@ -16,17 +16,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mura_batch.config import Settings
 from mura_batch.errors import MuraError, Rejected, Transient
 from mura_batch.radiograph import Luminance
 
 if TYPE_CHECKING:
     from mura_batch.runtime import Inference, Runtime
-    from mura_batch.weights import Card
+    from mura_batch.weights import Card, WeightsStore
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,23 @@ class ViewScore:
 def sigmoid(logit: float) -> float:
     """Return 1 / (1 + e^-logit) without overflow."""
     return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))
+
+
+def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
+    """Return a scorer that runs stored weights as the settings ask."""
+
+    def ready(card: Card) -> Runtime:
+        from mura_batch.runtime import load  # noqa: PLC0415 - torch only where networks run
+
+        network = weights.load(card)
+        return load(network, card.preprocessing, runtime=settings.runtime, device=settings.device)
+
+    return Scorer(
+        ready,
+        batch=settings.batch,
+        batch_seconds=settings.batch_seconds,
+        cache_bytes=settings.cache_mb << 20,
+    )
 
 
 @dataclass(slots=True)
@@ -102,7 +120,7 @@ class Scorer:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="scorer", daemon=True)
 
-    def __enter__(self) -> Scorer:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -123,6 +141,18 @@ class Scorer:
             with self._changed:
                 self._feeding -= 1
                 self._changed.notify_all()
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Inside :meth:`feeding`: while open, nothing new comes before a batch goes off."""
+        with self._changed:
+            self._feeding -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._feeding += 1
 
     def announce(self, card: Card) -> None:
         """Say that a view for this card will be submitted, or withdrawn if it can't be read."""
@@ -224,7 +254,9 @@ class Scorer:
             return self._warm[card.sha256]
         runtime = self._load(card)
         self._warm[card.sha256] = runtime
-        while len(self._warm) > 1 and sum(r.nbytes for r in self._warm.values()) > self._cache_bytes:
+        while (
+            len(self._warm) > 1 and sum(r.nbytes for r in self._warm.values()) > self._cache_bytes
+        ):
             gone, _ = self._warm.popitem(last=False)
             log.info("network released", extra={"weights": gone[:12]})
         return runtime

@@ -1,0 +1,1 @@
+"""Training: labelled radiographs → a network → weights with an honest card."""

@@ -18,6 +18,7 @@ from training.dataset import Film
 
 Floats = NDArray[np.float64]
 _RESAMPLES = 2000
+_HIGH = 0.9  # sensitivity or specificity that the two one-sided operating points reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +107,8 @@ def thresholds(values: Floats, labels: NDArray[np.int64]) -> dict[str, float]:
     sensitivity, specificity = rates[:, 0], rates[:, 1]
     return {
         "balanced": float(midpoints[np.argmax(sensitivity + specificity)]),
-        "high_sensitivity": float(midpoints[sensitivity >= 0.9].max()),
-        "high_specificity": float(midpoints[specificity >= 0.9].min()),
+        "high_sensitivity": float(midpoints[sensitivity >= _HIGH].max()),
+        "high_specificity": float(midpoints[specificity >= _HIGH].min()),
     }
 
 
@@ -135,7 +136,9 @@ def cross_fitted_rates(scores: ExamScores, seed: int = 7) -> dict[str, tuple[Est
     }
 
 
-def _share(hit: NDArray[np.bool_], among: NDArray[np.bool_]) -> Callable[[NDArray[np.int64]], float]:
+def _share(
+    hit: NDArray[np.bool_], among: NDArray[np.bool_]
+) -> Callable[[NDArray[np.int64]], float]:
     return lambda chosen: float(hit[chosen][among[chosen]].mean())
 
 

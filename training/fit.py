@@ -22,7 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.radiograph import Luminance, Preprocessing, prepare, read_luminance
+from mura_batch.radiograph import Preprocessing, prepare, read_luminance
 from training.dataset import Film
 
 _HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp
@@ -124,8 +124,10 @@ def _batches(films: int, size: int, rng: np.random.Generator) -> Iterator[NDArra
 
 
 def _augment(images: Tensor, spec: Preprocessing, rng: np.random.Generator) -> Tensor:
-    """Return normalised input (N, 3, size, size) of uint8 films: mirrored, turned, zoomed,
-    shifted, and with another brightness and contrast, each film on its own."""
+    """Return normalised input (N, 3, size, size) of uint8 films.
+
+    Each film is mirrored, turned, zoomed, shifted and toned on its own.
+    """
     count = len(images)
     angle = rng.uniform(-0.4, 0.4, count)
     zoom = rng.uniform(0.8, 1.15, count)

@@ -1,0 +1,318 @@
+"""Commands about results: query, export, rerun, label."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import click
+
+from mura_batch import cli
+from mura_batch.area import Area
+from mura_batch.errors import Misconfigured
+
+if TYPE_CHECKING:
+    from mura_batch.records import Filters, ImageRow, LabelRow, StudyRow
+    from mura_batch.store import Store
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_STATES = ("done", "failed", "quarantined", "needs_area", "no_weights", "queued", "running")
+_STUDY_COLUMNS = (
+    "study",
+    "area",
+    "state",
+    "probability",
+    "calibrated",
+    "decision",
+    "target",
+    "views",
+    "source",
+)
+_IMAGE_COLUMNS = ("study", "area", "state", "image", "probability", "overlay", "error")
+
+
+def moment(text: str) -> datetime:
+    """Return a point in time: an ISO 8601 date or time; without an offset it is UTC."""
+    try:
+        given = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise click.BadParameter(f"{text!r} is no time, such as 2026-11-23T08:00Z") from exc
+    return given if given.tzinfo else given.replace(tzinfo=UTC)
+
+
+AREA = click.Choice([str(area) for area in Area], case_sensitive=False)
+
+_FILTERS: dict[str, dict[str, Any]] = {
+    "study": {"help": "Study id, or its beginning."},
+    "area": {"type": AREA},
+    "state": {"type": click.Choice(_STATES)},
+    "decision": {"type": click.Choice(["positive", "negative"])},
+    "since": {"type": moment, "help": "Received at or after this time."},
+    "until": {"type": moment, "help": "Received before this time."},
+    "min_probability": {"type": click.FloatRange(0, 1)},
+    "max_probability": {"type": click.FloatRange(0, 1)},
+    "weights": {"help": "Digest of the weights, or its beginning."},
+    "reason": {"help": "Reason code, such as truncated or needs_area."},
+}
+
+
+def filter_options(command: Command) -> Command:
+    """Add the options that choose results."""
+    for name, settings in reversed(_FILTERS.items()):
+        command = click.option("--" + name.replace("_", "-"), **settings)(command)
+    return command
+
+
+def filters(given: dict[str, Any]) -> Filters:
+    """Return the filters that the options of :func:`filter_options` ask for."""
+    from mura_batch.records import Filters, State
+
+    area, state = given["area"], given["state"]
+    return Filters(
+        **given | {"area": Area(area) if area else None, "state": State(state) if state else None}
+    )
+
+
+@click.command()
+@filter_options
+@click.option("--images", is_flag=True, help="One row a view.")
+@click.option("--history", is_flag=True, help="Superseded revisions too.")
+@click.option("--limit", type=click.IntRange(min=1), help="Rows at most.")
+@click.option("--json", "form", flag_value="json", help="One JSON array.")
+@click.option("--csv", "form", flag_value="csv", help="CSV with a header.")
+@click.pass_context
+def query(
+    ctx: click.Context, /, images: bool, history: bool, limit: int | None, form: str, **given: Any
+) -> None:
+    """Show results: a row per study and area.
+
+    \b
+    mura-batch query --area XR_WRIST --decision positive
+    mura-batch query --state needs_area
+    mura-batch query --images --json > views.json
+    """
+    from dataclasses import replace
+
+    from mura_batch.results import Results
+
+    chosen = replace(filters(given), history=history, limit=limit)
+    cli.notice()
+    with Results.open(cli.settings(ctx).database_url) as results:
+        rows = results.images(chosen) if images else results.query(chosen)
+        if form == "json":
+            _print_json(rows)
+        elif form == "csv":
+            _print_csv(rows, images=images)
+        else:
+            _print_table(rows, images=images)
+
+
+def _print_json(rows: Iterator[StudyRow] | Iterator[ImageRow]) -> None:
+    separator = "["
+    for row in rows:
+        click.echo(f"{separator}\n{json.dumps(row.to_dict())}", nl=False)
+        separator = ","
+    click.echo("[]" if separator == "[" else "\n]")
+
+
+def _print_csv(rows: Iterator[StudyRow] | Iterator[ImageRow], *, images: bool) -> None:
+    from mura_batch.export import csv_safe
+    from mura_batch.records import IMAGE_FIELDS, STUDY_FIELDS
+
+    names = IMAGE_FIELDS if images else STUDY_FIELDS
+    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: csv_safe(value) for name, value in row.to_dict().items()})
+
+
+def _print_table(rows: Iterator[StudyRow] | Iterator[ImageRow], *, images: bool) -> None:
+    names = _IMAGE_COLUMNS if images else _STUDY_COLUMNS
+    if not study_table((row.to_dict() for row in rows), names):
+        click.echo("nothing matches", err=True)
+
+
+def study_table(rows: Iterable[dict[str, Any]], names: Sequence[str] = _STUDY_COLUMNS) -> int:
+    """Print result rows as a table; return how many there were."""
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    show_table(names, cells)
+    return len(cells)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def show_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns; headers are bold on a terminal."""
+    widths = [max(len(line[i]) for line in (names, *rows)) for i in range(len(names))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
+
+    click.secho(line(names), bold=True)
+    for row in rows:
+        click.echo(line(row))
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@filter_options
+@click.option("--level", type=click.Choice(["study", "image"]), default="study", show_default=True)
+@click.option("--history", is_flag=True, help="Superseded revisions too.")
+@click.pass_context
+def export(ctx: click.Context, /, file: Path, level: str, history: bool, **given: Any) -> None:
+    """Write results to FILE: .csv, .parquet or .jsonl, by its ending.
+
+    \b
+    mura-batch export results.csv
+    mura-batch export wrists.parquet --area XR_WRIST --level image
+    """
+    from dataclasses import replace
+
+    from mura_batch.export import export_results
+    from mura_batch.results import Results
+
+    chosen = replace(filters(given), history=history)
+    cli.notice()
+    with Results.open(cli.settings(ctx).database_url) as results:
+        count = export_results(results, chosen, file, images=level == "image")
+    click.echo(f"{count} rows written to {file}", err=True)
+
+
+@click.command()
+@click.argument("studies", nargs=-1, metavar="[STUDY]...")
+@filter_options
+@click.option("--failed", is_flag=True, help="Those that failed.")
+@click.option("--stale", is_flag=True, help="Those scored with weights no longer active.")
+@click.option("--set-area", type=AREA, help="The area, as a person sees it.")
+@click.pass_context
+def rerun(
+    ctx: click.Context,
+    /,
+    studies: tuple[str, ...],
+    failed: bool,
+    stale: bool,
+    set_area: str | None,
+    **given: Any,
+) -> None:
+    """Queue studies again: by id, by filter, the failed, the stale, or with an area set.
+
+    The daemon, or the next `watch --once`, scores them from where their files lie.
+
+    \b
+    mura-batch rerun 3f2a --set-area XR_WRIST
+    mura-batch rerun --stale
+    """
+    from mura_batch.records import Rerun
+    from mura_batch.store import Store
+    from mura_batch.weights import WeightsStore
+
+    filtered = any(value is not None for value in given.values())
+    if not (studies or filtered or failed or stale):
+        raise click.UsageError("name studies, a filter, --failed or --stale")
+    settings = cli.settings(ctx)
+    active = None
+    if stale:
+        weights = WeightsStore(settings.weights_dir)
+        cards = {area: weights.active(area) for area in Area}
+        active = {area: card.sha256 for area, card in cards.items() if card is not None}
+    which = Rerun(
+        studies=studies,
+        filters=filters(given) if filtered else None,
+        failed=failed,
+        stale=active,
+    )
+    with Store.open(settings.database_url) as store:
+        queued = store.rerun(which, Area(set_area) if set_area else None)
+    for study in queued:
+        click.echo(study)
+    click.echo(f"{len(queued)} studies queued again", err=True)
+
+
+@click.group()
+def label() -> None:
+    """Keep the truth about studies, as people state it.
+
+    \b
+    mura-batch label set 3f2a positive
+    mura-batch label import truth.csv
+    """
+
+
+@label.command("set")
+@click.argument("study")
+@click.argument("value", type=click.Choice(["positive", "negative"]), metavar="positive|negative")
+@click.option("--area", type=AREA, help="For one area of the study only.")
+@click.pass_context
+def label_set(ctx: click.Context, study: str, value: str, area: str | None) -> None:
+    """Set the label of one study.
+
+    \b
+    mura-batch label set 3f2a positive
+    """
+    _store_labels(ctx, [{"study": study, "label": value, "area": area or ""}])
+
+
+@label.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.pass_context
+def label_import(ctx: click.Context, file: Path) -> None:
+    """Import labels from a CSV with the columns study, label and, if wanted, area.
+
+    \b
+    mura-batch label import truth.csv
+    """
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
+    _store_labels(ctx, rows)
+
+
+def _store_labels(ctx: click.Context, rows: Sequence[dict[str, str]]) -> None:
+    from mura_batch.store import Store
+
+    with Store.open(cli.settings(ctx).database_url) as store:
+        count = store.set_labels(
+            [_label_row(store, number, row) for number, row in enumerate(rows, start=2)]
+        )
+    click.echo(f"{count} labels stored", err=True)
+
+
+def _label_row(store: Store, number: int, row: dict[str, str]) -> LabelRow:
+    from mura_batch.records import LabelRow
+
+    value, area = row.get("label"), row.get("area") or None
+    if value not in {"positive", "negative"} or not row.get("study"):
+        raise Misconfigured(f"line {number}: needs a study and a label, positive or negative")
+    if area not in {None, *Area}:
+        raise Misconfigured(f"line {number}: {area!r} is none of {', '.join(Area)}")
+    label = cast("Literal['positive', 'negative']", value)
+    return LabelRow(store.resolve(row["study"]), label, Area(area) if area else None)
+
+
+@label.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+@click.pass_context
+def label_list(ctx: click.Context, as_json: bool) -> None:
+    """List the stored labels.
+
+    \b
+    mura-batch label list --json
+    """
+    from mura_batch.results import Results
+
+    names = ("study", "label", "area", "by", "at")
+    with Results.open(cli.settings(ctx).database_url) as results:
+        rows = [[str(getattr(row, name) or "") for name in names] for row in results.labels()]
+    if as_json:
+        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=1))
+    else:
+        show_table(names, rows)

@@ -1,0 +1,522 @@
+"""Where a claimed file lies; every move is a rename that a restart can repeat.
+
+A claim begins as an intent on disk, ``work/<claim>/claim.json``, written whole before the first
+file moves. Then each file is renamed to ``work/<claim>/files/<name>``, and the record is sealed
+with the content hashes. Cut off anywhere in between, :meth:`Custody.pending` finishes the claim
+from its intent. A finished claim moves as one folder:
+
+    inbox/<name> → work/<claim>/ → archive/<study>/<claim>/
+                                 → quarantine/<study>/<claim>/ with reason.json
+
+With ``archive = "leave"`` nothing moves and ``work/`` stays empty; the database is the ledger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from mura_batch.atomic import sync_folder, write_atomic
+from mura_batch.config import Settings
+from mura_batch.errors import Misconfigured, Transient
+from mura_batch.moves import digest, files_below, move, relocate, same_content, settle_into
+from mura_batch.study import Kind, SourceFile, masked
+
+log = logging.getLogger(__name__)
+
+SettledBy = Literal["quiet", "ready", "cap"]
+READY = ".ready"
+UNFINISHED = (".*", "*.part", "*.tmp", "*~")
+_RECORD = "claim.json"
+_REASON = "reason.json"
+_CARRIED = ".carried.tmp"
+_GONE = ".gone"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file of the inbox as one look at it found it (``lstat``; links are not followed).
+
+    Attributes:
+        name: path relative to the inbox, ``/``-separated, surrogateescape for odd bytes.
+        problem: ``symbolic_link``, ``not_a_file``, ``unreadable``, or empty.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    inode: int
+    problem: str = ""
+
+    def describes(self, status: os.stat_result) -> bool:
+        """Whether ``status`` is of this very file, unchanged."""
+        return (
+            status.st_mtime_ns == self.mtime_ns
+            and status.st_size == self.size
+            and status.st_ino == self.inode
+        )
+
+    def like(self, status: os.stat_result) -> bool:
+        """Whether ``status`` is of the same sort of file, changed or not."""
+        if self.problem == "symbolic_link":
+            return stat.S_ISLNK(status.st_mode)
+        return stat.S_ISREG(status.st_mode) == (self.problem != "not_a_file")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A unit of the inbox that is complete: one study, as far as the inbox can tell.
+
+    Attributes:
+        key: StudyInstanceUID, folder or file name relative to the inbox, by ``kind``.
+        settled_by: unchanged for long enough, a ``.ready`` marker, or the hard cap.
+    """
+
+    kind: Kind
+    key: str
+    files: tuple[FoundFile, ...]
+    settled_by: SettledBy
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Files that are ours now.
+
+    Attributes:
+        id: unique, and sortable by the time of the claim.
+        received_at: aware UTC.
+        files: hashed, each with the path where it lies now.
+        fingerprints: of the same files in the same order.
+    """
+
+    id: str
+    kind: Kind
+    key: str
+    settled_by: SettledBy
+    received_at: datetime
+    files: tuple[SourceFile, ...]
+    fingerprints: tuple[FoundFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why something lies in quarantine, for a person: no patient data in any field."""
+
+    code: str
+    stage: str
+    message: str
+    what_to_do: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """``claim.json``: an intent while ``hashes`` is None, sealed with them afterwards."""
+
+    id: str
+    received_at: datetime
+    candidate: Candidate
+    hashes: tuple[str, ...] | None = None
+
+    def to_json(self) -> bytes:
+        fields = dataclasses.asdict(self) | {"received_at": self.received_at.isoformat()}
+        return json.dumps(fields, indent=1).encode("ascii")
+
+    @classmethod
+    def from_json(cls, text: bytes) -> _Record:
+        fields = json.loads(text)
+        given = fields["candidate"]
+        files = tuple(FoundFile(**file) for file in given["files"])
+        candidate = Candidate(Kind(given["kind"]), given["key"], files, given["settled_by"])
+        hashes = fields["hashes"]
+        return cls(
+            fields["id"],
+            datetime.fromisoformat(fields["received_at"]),
+            candidate,
+            None if hashes is None else tuple(hashes),
+        )
+
+
+def ignored_names(globs: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches the bare file names that ``globs`` name, in any case."""
+    return re.compile("|".join(map(fnmatch.translate, globs)) or r"(?!)", re.IGNORECASE)
+
+
+class Custody:
+    """Moves the files of one site: inbox → work → archive or quarantine.
+
+    One process at a time; its threads may move different claims at once. Every method can be
+    repeated after a crash.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._inbox = settings.inbox_dir
+        self._work = settings.work
+        self._archive = settings.archive_dir
+        self._quarantine = settings.quarantine
+        self._leave = settings.archive == "leave"
+        self._ignored = ignored_names((*UNFINISHED, *settings.ignore))
+
+    def claim(self, candidate: Candidate) -> Claim | None:
+        """Take a unit's files out of the inbox (``leave``: hash them where they are).
+
+        A file that vanished or changed since the scan stays in the inbox, to settle again;
+        a unit that is taken because of the cap is taken as it is now. None when no file is
+        left. Folders of the inbox that this empties are removed with their ``.ready``.
+
+        Raises:
+            Transient: nothing could be moved (permissions, full disk).
+        """
+        now = datetime.now(UTC)
+        claim_id = f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
+        files = tuple(f for f in candidate.files if self._takeable(f, candidate.settled_by))
+        record = _Record(claim_id, now, dataclasses.replace(candidate, files=files))
+        if not files:
+            return None
+        if self._leave:
+            return self._claim_in_place(record)
+        folder = self._work / claim_id
+        try:
+            folder.mkdir(parents=True)
+            write_atomic(folder / _RECORD, lambda stream: stream.write(record.to_json()))
+            sync_folder(self._work)
+            return self._finish(record)
+        except OSError as exc:
+            with suppress(OSError):
+                self._drop_unless_holding(folder)
+            raise Transient(
+                f"a study stays in the inbox, it cannot be taken: {exc.strerror}; check the"
+                " free disk and the permissions of the inbox and of the home folder"
+            ) from exc
+
+    def pending(self) -> list[Claim]:
+        """Return every claim in work, oldest first; finishes what a crash cut off.
+
+        For the start of the program, when nothing else moves. Sealed claims keep the hashes
+        they were sealed with, others are hashed now.
+        """
+        if not self._work.is_dir():
+            return []
+        claims = []
+        for folder in sorted(self._work.iterdir()):
+            if folder.name.endswith(_GONE):
+                shutil.rmtree(folder)
+            elif (claim := self._resume(folder)) is not None:
+                claims.append(claim)
+        return claims
+
+    def to_archive(self, study_id: str, claim_id: str) -> None:
+        """Move a whole claim, from work or back from quarantine, to the archive.
+
+        Views that were put in quarantine one by one stay there.
+
+        Raises:
+            Transient: the archive does not take it (full disk, permissions, lost share).
+        """
+        work, archive, quarantine = self._folders(study_id, claim_id)
+        with _transient("moved to the archive"):
+            if work.is_dir():
+                relocate(work, archive, last=_REASON)
+            elif _told(quarantine / _REASON).get("whole"):
+                relocate(quarantine, archive, last=_REASON)
+            (archive / _REASON).unlink(missing_ok=True)
+        with suppress(OSError):
+            quarantine.parent.rmdir()  # of a study that has nothing more in there
+
+    def to_quarantine(
+        self, study_id: str, claim_id: str, reason: Reason, *, sources: Iterable[str] = ()
+    ) -> None:
+        """Move a whole claim, from work or from the archive, to quarantine with its reason.
+
+        ``sources`` are names of files that lie in the inbox and stay there (``leave``): the
+        reason names them, label suffixes masked.
+
+        Raises:
+            Transient: the quarantine does not take it (full disk, permissions, lost share).
+        """
+        work, archive, quarantine = self._folders(study_id, claim_id)
+        note: dict[str, object] = {"study": study_id, "claim": claim_id, "whole": True}
+        note |= dataclasses.asdict(reason)
+        if names := [masked(name) for name in sources]:
+            note["sources"] = names
+        source = next((place for place in (work, archive) if place.is_dir()), None)
+        with _transient("moved to quarantine"):
+            if source is None or quarantine.is_dir():
+                _explain(quarantine / _REASON, note)
+                if source is not None:
+                    (source / _REASON).unlink(missing_ok=True)
+            else:
+                _explain(source / _REASON, note)
+            if source is not None:
+                relocate(source, quarantine, last=_REASON)
+        with suppress(OSError):
+            archive.parent.rmdir()
+
+    def quarantine_file(self, study_id: str, claim_id: str, name: str, reason: Reason) -> None:
+        """Put one file of a claim in quarantine; the rest of the claim stays where it is.
+
+        Raises:
+            Transient: the quarantine does not take it (full disk, permissions, lost share).
+        """
+        work, archive, quarantine = self._folders(study_id, claim_id)
+        name_id = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+        entry = {"file": masked(name), "id": name_id, **dataclasses.asdict(reason)}
+        with _transient("moved to quarantine"):
+            _explain(quarantine / _REASON, {"study": study_id, "claim": claim_id}, entry)
+            for place in (work, archive):
+                source = place / "files" / name
+                if os.path.lexists(source):
+                    settle_into(source, quarantine / "files" / name, quarantine / _CARRIED)
+                    sync_folder(source.parent)
+            self._drop_unless_holding(work)
+
+    def discard(self, claim_id: str) -> None:
+        """Delete a claim's files from work (``archive = "delete"``, after the commit).
+
+        Raises:
+            Transient: they cannot be deleted (permissions, lost share).
+        """
+        folder = self._work / claim_id
+        gone = self._work / f".{claim_id}{_GONE}"
+        with _transient("deleted"):
+            if folder.is_dir():
+                folder.rename(gone)
+                sync_folder(self._work)
+            if gone.is_dir():
+                shutil.rmtree(gone)
+
+    def locate(self, place: str, study_id: str, claim_id: str, name: str) -> Path:
+        """Return where a file lies: in ``place`` (work, archive, quarantine, inbox), or in
+        another one where a crash came between a move and its record.
+
+        Raises:
+            Misconfigured: the file was deleted after its result (``archive = "delete"``).
+        """
+        work, archive, quarantine = (
+            folder / "files" / name for folder in self._folders(study_id, claim_id)
+        )
+        places = {
+            "work": work,
+            "archive": archive,
+            "quarantine": quarantine,
+            "inbox": self._inbox / name,
+        }
+        if place not in places:
+            raise Misconfigured(
+                'the source files were deleted after their result (archive = "delete"):'
+                " drop the study in again"
+            )
+        stated = places[place]
+        return next(
+            (path for path in (stated, work, archive, quarantine) if os.path.lexists(path)),
+            stated,
+        )
+
+    def _folders(self, study_id: str, claim_id: str) -> tuple[Path, Path, Path]:
+        return (
+            self._work / claim_id,
+            self._archive / study_id / claim_id,
+            self._quarantine / study_id / claim_id,
+        )
+
+    def _takeable(self, found: FoundFile, settled_by: SettledBy) -> bool:
+        try:
+            status = os.lstat(self._inbox / found.name)
+        except OSError:
+            return False
+        return found.like(status) if settled_by == "cap" else found.describes(status)
+
+    def _claim_in_place(self, record: _Record) -> Claim | None:
+        held = _held(self._inbox, record.candidate.files)
+        settled_by = record.candidate.settled_by
+        held = [(found, file) for found, file in held if self._takeable(found, settled_by)]
+        return _as_claim(record, held) if held else None
+
+    def _finish(self, record: _Record) -> Claim | None:
+        """Move what is still to move, remove emptied folders, hash, seal.
+
+        Raises:
+            OSError: why the last file was refused, when no file could be moved.
+        """
+        folder = self._work / record.id
+        refused: OSError | None = None
+        for found in record.candidate.files:
+            try:
+                self._take(found, folder, record.candidate.settled_by)
+            except OSError as exc:
+                refused = exc
+                log.warning("claim %s leaves a file in the inbox: %s", record.id, exc.strerror)
+        self._remove_emptied(found.name for found in record.candidate.files)
+        held = _held(folder / "files", record.candidate.files)
+        if held:
+            self._seal(record, held)
+            return _as_claim(record, held)
+        self._drop_unless_holding(folder)
+        if refused is not None:
+            raise refused
+        return None
+
+    def _seal(self, record: _Record, held: Sequence[_Holding]) -> None:
+        """Make the moves durable and close the record: a restart takes no more files into it.
+
+        A full disk does not undo the claim: a restart then finishes it once more.
+        """
+        files = tuple(found for found, _ in held)
+        sealed = dataclasses.replace(
+            record,
+            candidate=dataclasses.replace(record.candidate, files=files),
+            hashes=tuple(file.sha256 for _, file in held),
+        )
+        folder = self._work / record.id
+        try:
+            for place in {file.path.parent for _, file in held} | {folder / "files"}:
+                sync_folder(place)
+            write_atomic(folder / _RECORD, lambda stream: stream.write(sealed.to_json()))
+        except OSError as exc:
+            log.warning("claim %s is not sealed: %s", record.id, exc.strerror)
+
+    def _take(self, found: FoundFile, folder: Path, settled_by: SettledBy) -> None:
+        """Move one file into the claim, or finish having moved it."""
+        source, target = self._inbox / found.name, folder / "files" / found.name
+        if os.path.lexists(target):
+            # Another file of that name may have come since. One that is still the very same
+            # was copied from another file system, and the copy was cut off before the unlink.
+            if self._takeable(found, "quiet") and same_content(source, target):
+                source.unlink()
+            return
+        if not self._takeable(found, settled_by):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            move(source, target, folder / _CARRIED, lambda: self._takeable(found, settled_by))
+
+    def _resume(self, folder: Path) -> Claim | None:
+        """Return the claim in ``folder``, finished if it was cut off; None if it holds nothing."""
+        try:
+            for partial in folder.glob("*.tmp"):
+                partial.unlink()
+            record = _Record.from_json((folder / _RECORD).read_bytes())
+            if record.hashes is None:
+                return self._finish(record)
+        except FileNotFoundError:
+            self._drop_unless_holding(folder)
+            return None
+        except OSError as exc:
+            log.warning("claim %s stays cut off: %s", folder.name, exc.strerror)
+            return None
+        except (ValueError, KeyError, TypeError):
+            log.warning("claim %s has no readable record; its files are kept", folder.name)
+            return None
+        kept = [
+            (f, SourceFile(folder / "files" / f.name, f.name, sha256, f.size, f.problem))
+            for f, sha256 in zip(record.candidate.files, record.hashes, strict=True)
+            if os.path.lexists(folder / "files" / f.name)
+        ]
+        return _as_claim(record, kept) if kept else None
+
+    def _drop_unless_holding(self, folder: Path) -> None:
+        """Remove a claim's folder when no source file lies in it."""
+        if folder.is_dir() and next(files_below(folder / "files"), None) is None:
+            shutil.rmtree(folder)
+
+    def _remove_emptied(self, names: Iterable[str]) -> None:
+        """Remove the inbox folders of ``names`` that hold nothing more, and their parents."""
+        folders = {name.rpartition("/")[0] for name in names}
+        for relative in sorted(folders, key=lambda folder: -folder.count("/")):
+            rest = relative
+            while rest and self._remove_folder(self._inbox / rest):
+                rest = rest.rpartition("/")[0]
+
+    def _remove_folder(self, folder: Path) -> bool:
+        """Remove ``folder`` if it is empty but for its marker; whether it is gone."""
+        try:
+            names = [path.name for path in folder.iterdir()]
+            if READY in names and all(map(self._ignored.match, names)):
+                (folder / READY).unlink()
+            folder.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+
+
+_Holding = tuple[FoundFile, SourceFile]
+
+
+def _as_claim(record: _Record, held: Sequence[_Holding]) -> Claim:
+    return Claim(
+        record.id,
+        record.candidate.kind,
+        record.candidate.key,
+        record.candidate.settled_by,
+        record.received_at,
+        files=tuple(file for _, file in held),
+        fingerprints=tuple(found for found, _ in held),
+    )
+
+
+def _held(root: Path, files: Iterable[FoundFile]) -> list[_Holding]:
+    """Hash those of ``files`` that lie below ``root``; sizes and problems as they are now."""
+    held = []
+    for found in files:
+        path = root / found.name
+        with suppress(FileNotFoundError):
+            status = os.lstat(path)
+            sha256, problem = digest(path, found.name, status)
+            now = dataclasses.replace(
+                found, size=status.st_size, mtime_ns=status.st_mtime_ns, problem=problem
+            )
+            held.append((now, SourceFile(path, found.name, sha256, status.st_size, problem)))
+    return held
+
+
+def _explain(
+    path: Path, note: Mapping[str, object], entry: Mapping[str, str] | None = None
+) -> None:
+    """Write ``reason.json`` whole: ``note`` over what it says already, one ``entry`` a file.
+
+    Where the claim as a whole is in quarantine it says ``whole``. Its ``code``, ``stage``, ``message`` and ``what_to_do`` are the claim's, or its first
+    file's where the claim as a whole is not in quarantine.
+    """
+    told = {"at": datetime.now(UTC).isoformat(timespec="seconds")} | _told(path) | note
+    if entry is not None:
+        entries = {known["id"]: known for known in told.get("files", [])} | {entry["id"]: entry}
+        told["files"] = list(entries.values())
+        told = {key: entry[key] for key in _REASON_FIELDS} | told
+    text = json.dumps(told, indent=1, ensure_ascii=False)
+    write_atomic(path, lambda stream: stream.write(text.encode()))
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """Return what ``reason.json`` says; nothing where there is none, or a spoilt one."""
+    with suppress(FileNotFoundError, ValueError):
+        return dict(json.loads(path.read_bytes()))
+    return {}
+
+
+_REASON_FIELDS = tuple(field.name for field in dataclasses.fields(Reason))
+
+
+@contextmanager
+def _transient(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise Transient(
+            f"a study's files cannot be {what}: {exc.strerror}; check the free disk and the"
+            " permissions of the home folder"
+        ) from exc

@@ -1,0 +1,224 @@
+"""The daemon: threads, clocks and signals around the pipeline, and nothing of a study's rules.
+
+The main thread scans and claims; one thread takes queued studies from the ledger and feeds the
+pipeline, whose own threads decode, score and finish. The ledger is the only queue, so that
+``rerun`` in another process reaches the daemon without a word to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from mura_batch.area import Area
+from mura_batch.atomic import write_atomic
+from mura_batch.config import STATUS_FILE, Settings
+from mura_batch.custody import Custody
+from mura_batch.errors import Misconfigured, MuraError, Transient
+from mura_batch.inbox import Inbox, Wakeup
+from mura_batch.pipeline import Pipeline
+from mura_batch.records import State
+from mura_batch.scoring import warm_scorer
+from mura_batch.store import Store
+from mura_batch.systemd import ALIVE, READY, STOPPING
+from mura_batch.weights import WeightsStore
+
+log = logging.getLogger(__name__)
+
+_TAKE = 256  # studies taken from the ledger at once
+_IDLE_SHARE = 50  # an idle inbox is scanned for at most 1/50 of the time
+_LONGEST_WAIT = 60.0  # seconds between full scans, whatever they cost
+_WORD_SECONDS = 5.0  # between two words for `status`
+_LEDGER_SECONDS = 0.5  # how often the ledger is asked for work that others queued
+
+Notify = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run came to: rows that ended in each state, and what still waits."""
+
+    finished: Counter[State]
+    waiting: int
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether any study was not done: quarantined, failed or waiting."""
+        return self.waiting > 0 or any(
+            count for state, count in self.finished.items() if state is not State.DONE
+        )
+
+
+class Daemon:
+    """Watches one home until :meth:`stop` is called, or once through.
+
+    Args:
+        notify: told systemd's words (``READY=1``, ``WATCHDOG=1`` …) as they come true.
+    """
+
+    def __init__(self, settings: Settings, *, notify: Notify = lambda _: None) -> None:
+        self._settings = settings
+        self._notify = notify
+        self._stopping = threading.Event()
+        self._wakeup: Wakeup | None = None
+        self._next_word = 0.0
+
+    def stop(self) -> None:
+        """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
+        self._stopping.set()
+        if self._wakeup is not None:
+            self._wakeup.wake()
+
+    def run(self, *, once: bool = False) -> Summary:
+        """Work until :meth:`stop`; with ``once``, until nothing in the inbox can move.
+
+        Raises:
+            Misconfigured: the home is not usable, or another daemon works in it.
+        """
+        settings = self._settings
+        with ExitStack() as stack:
+            stack.enter_context(_alone(settings))
+            store = stack.enter_context(Store.open(settings.database_url))
+            weights = WeightsStore(settings.weights_dir)
+            custody = Custody(settings)
+            scorer = stack.enter_context(warm_scorer(settings, weights))
+            pipeline = stack.enter_context(Pipeline(settings, store, custody, weights, scorer))
+            self._wakeup = stack.enter_context(Wakeup(settings))
+            log.info("watching", extra={"mode": self._wakeup.mode})
+            _catch_up(store, custody, pipeline)
+            inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
+            feeder = threading.Thread(
+                target=self._feed, args=(store, weights, pipeline), name="feeder", daemon=True
+            )
+            feeder.start()
+            try:
+                self._watch(inbox, store, custody, pipeline, once=once)
+            finally:
+                self._stopping.set()
+                self._notify(STOPPING)
+                feeder.join()
+                pipeline.drain()
+            rows = store.counts(datetime.now(UTC)).states
+            waiting = sum(count for state, count in rows.items() if state not in _ENDED)
+            return Summary(pipeline.finished, waiting + inbox.refused)
+
+    def _watch(
+        self, inbox: Inbox, store: Store, custody: Custody, pipeline: Pipeline, *, once: bool
+    ) -> None:
+        """Scan, claim and wait until told to stop (the main thread)."""
+        ready = False
+        while not self._stopping.is_set():
+            claimed = self._scan(inbox, custody, pipeline)
+            if not ready:
+                self._notify(READY)
+                ready = True
+            self._notify(ALIVE)
+            self._say(inbox)
+            if once and not claimed and not inbox.waiting and not store.busy(datetime.now(UTC)):
+                return
+            pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
+            if inbox.waiting or once:
+                pause = min(pause, self._settings.settle_seconds / 2)
+            if self._wakeup is not None:
+                self._wakeup.wait(min(pause, _LONGEST_WAIT))
+
+    def _say(self, inbox: Inbox) -> None:
+        """Leave word for ``mura-batch status``, every few seconds."""
+        if time.monotonic() < self._next_word:
+            return
+        self._next_word = time.monotonic() + _WORD_SECONDS
+        word = {
+            "pid": os.getpid(),
+            "last_scan_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "last_scan_seconds": round(inbox.last_scan_seconds, 3),
+            "settling": inbox.waiting,
+            "refused": inbox.refused,
+        }
+        text = json.dumps(word).encode()
+        with suppress(OSError):
+            write_atomic(self._settings.home / STATUS_FILE, lambda stream: stream.write(text))
+
+    def _scan(self, inbox: Inbox, custody: Custody, pipeline: Pipeline) -> int:
+        """Claim what is complete; return how many claims were made."""
+        claimed = 0
+        for candidate in inbox.scan():
+            if self._stopping.is_set():
+                break
+            try:
+                claim = custody.claim(candidate)
+                if claim is not None:
+                    pipeline.receive(claim)
+                    claimed += 1
+            except Transient as exc:
+                log.warning("could not be claimed, will be tried again", extra={"why": str(exc)})
+            self._notify(ALIVE)
+        return claimed
+
+    def _feed(self, store: Store, weights: WeightsStore, pipeline: Pipeline) -> None:
+        """Take queued studies and feed them to the pipeline (the feeder thread)."""
+        active: dict[Area, str] = {}
+        while not self._stopping.is_set():
+            try:
+                active = _noticed(active, store, weights)
+                taken = store.take(_TAKE, datetime.now(UTC))
+                pipeline.feed(taken)
+            except Transient as exc:
+                log.warning("the ledger could not be asked", extra={"why": str(exc)})
+                taken = []
+            if not taken:
+                self._stopping.wait(_LEDGER_SECONDS)
+
+
+_ENDED = (State.DONE, State.QUARANTINED)
+
+
+def _catch_up(store: Store, custody: Custody, pipeline: Pipeline) -> None:
+    """Finish what an earlier run left between two steps."""
+    store.recover()
+    for claim in custody.pending():
+        pipeline.receive(claim)
+    for stored in store.unsettled_custody():
+        pipeline.settle_custody(stored)
+
+
+def _noticed(active: dict[Area, str], store: Store, weights: WeightsStore) -> dict[Area, str]:
+    """Return the active weights now; studies that waited for new ones are queued again."""
+    now = {}
+    for area in Area:
+        try:
+            card = weights.active(area)
+        except MuraError:
+            continue
+        if card is not None:
+            now[area] = card.sha256
+    if changed := [area for area, digest in now.items() if active.get(area) != digest]:
+        store.requeue_no_weights(changed)
+    return now
+
+
+@contextmanager
+def _alone(settings: Settings) -> Iterator[None]:
+    """Hold the home's lock.
+
+    Raises:
+        Misconfigured: the home is missing, or another daemon holds the lock.
+    """
+    try:
+        stream = (settings.home / ".watch.lock").open("w")
+    except OSError as exc:
+        raise Misconfigured(f"{settings.home}: {exc.strerror}; run `mura-batch init`") from exc
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise Misconfigured(f"another `mura-batch watch` works in {settings.home}") from exc
+        yield

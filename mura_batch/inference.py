@@ -1,0 +1,108 @@
+"""Networks in a notebook: load an area's model, score files or arrays, look at the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mura_batch.area import Area
+from mura_batch.overlay import Caption, render, thumbnail
+from mura_batch.radiograph import Box, Luminance, NetworkInput, prepare, read_luminance
+from mura_batch.runtime import Runtime, load
+from mura_batch.scoring import sigmoid
+from mura_batch.weights import WeightsStore, load_bundled
+from mura_batch.weights_card import Card
+from mura_batch.weights_import import load_checkpoint
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageScore:
+    """What a model said of one image.
+
+    Attributes:
+        logit: raw output.
+        probability: its sigmoid, 0 to 1, of the target that ``Model.card`` names.
+        map: float32 (h, w), signed evidence in logit units; its positive part is the Grad-CAM.
+        box: the region of the image that the network saw, in the image's pixels.
+    """
+
+    logit: float
+    probability: float
+    map: NDArray[np.float32]
+    box: Box
+
+
+class Model:
+    """One area's network with its card, ready to score; made by :func:`load_model`."""
+
+    def __init__(self, card: Card, runtime: Runtime) -> None:
+        self.card = card
+        self._runtime = runtime
+
+    def score(
+        self, images: Sequence[str | Path | Luminance], *, batch: int = 16
+    ) -> list[ImageScore]:
+        """Score image files (PNG, JPEG, DICOM) or luminance arrays, uint8 (H, W), bone bright.
+
+        Raises:
+            UnreadableImage: a file is not a decodable radiograph.
+        """
+        scores = []
+        for start in range(0, len(images), batch):
+            inputs = [self._input(image) for image in images[start : start + batch]]
+            result = self._runtime.infer(np.stack([each.pixels for each in inputs]))
+            scores += [
+                ImageScore(float(logit), sigmoid(float(logit)), evidence, each.box)
+                for logit, evidence, each in zip(result.logits, result.maps, inputs, strict=True)
+            ]
+        return scores
+
+    def overlay(self, image: str | Path | Luminance, score: ImageScore) -> Image.Image:
+        """Return the picture that the daemon would write: the radiograph under its evidence."""
+        picture = thumbnail(_luminance(image), score.box)
+        return render(picture, score.map, Caption(self.card, score.probability))
+
+    def _input(self, image: str | Path | Luminance) -> NetworkInput:
+        return prepare(_luminance(image), self.card.preprocessing)
+
+
+def load_model(
+    area: Area | str,
+    checkpoint: str | Path | None = None,
+    *,
+    home: str | Path | None = None,
+    runtime: str = "auto",
+    device: str = "auto",
+) -> Model:
+    """Return the model of an area: from a checkpoint, else a home's active weights, else bundled.
+
+    Args:
+        area: ``XR_ELBOW`` … ``XR_WRIST``.
+        checkpoint: a torch checkpoint, or safetensors with its card.
+        home: a site's home folder, whose active weights are used.
+        runtime: ``auto``, ``torch`` or ``openvino``.
+        device: ``auto``, ``cpu``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        WeightsRefused: the checkpoint does not fit.
+        NoWeights: the home has no weights for the area.
+    """
+    area = Area(area)
+    if checkpoint is not None:
+        network, card = load_checkpoint(Path(checkpoint), area)
+    elif home is not None:
+        store = WeightsStore(Path(home) / "weights")
+        card = store.require(area)
+        network = store.load(card)
+    else:
+        network, card = load_bundled(area)
+    return Model(card, load(network, card.preprocessing, runtime=runtime, device=device))
+
+
+def _luminance(image: str | Path | Luminance) -> Luminance:
+    return image if isinstance(image, np.ndarray) else read_luminance(Path(image))

@@ -1,0 +1,527 @@
+"""The way of a study, from a claim to its place in the archive.
+
+    claimed → recorded → taken → decided → decoded → scored → overlay → committed → moved
+
+Each arrow can be cut by a crash. What lies before the commit is done again with the same names
+and the same numbers; what lies after it is found by :meth:`Pipeline.settle_custody`. The steps
+are logged at debug level by the logger ``mura_batch.steps`` under these names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from typing import Self
+
+from mura_batch.area import Area
+from mura_batch.assessment import Part, PersonAnswer, conclude, divide
+from mura_batch.config import Settings
+from mura_batch.custody import Claim, Custody, Reason
+from mura_batch.errors import (
+    MuraError,
+    NoWeights,
+    Rejected,
+    Transient,
+    UnsupportedArea,
+    WeightsRefused,
+)
+from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
+from mura_batch.radiograph import Luminance, prepare, read_luminance
+from mura_batch.reasons import what_to_do
+from mura_batch.records import (
+    ClaimedFile,
+    ClaimRecord,
+    FileProblem,
+    NewResult,
+    Place,
+    ReadingOutcome,
+    Recorded,
+    State,
+    StoredFile,
+    StoredStudy,
+    StudyOutcome,
+    ViewOutcome,
+)
+from mura_batch.scoring import Scorer, ViewScore
+from mura_batch.store import Store
+from mura_batch.study import SourceFile, Study, View, masked, read_study
+from mura_batch.weights import Card, WeightsStore
+
+log = logging.getLogger(__name__)
+_steps = logging.getLogger("mura_batch.steps")
+
+_WAITING = {State.QUEUED, State.RUNNING, State.NEEDS_AREA, State.NO_WEIGHTS, State.FAILED}
+_VIEWS_IN_FLIGHT = 4  # batches' worth of views between decode and overlay
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One view on its way: its score or the reason why there is none."""
+
+    view: View
+    score: ViewScore | None = None
+    overlay: str | None = None
+    error: Rejected | None = None
+
+
+@dataclass(slots=True)
+class _PartJob:
+    part: Part
+    card: Card | None = None
+    known: int | None = None  # a stored result with the same key
+    slots: list[_Slot] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One study on its way through the threads."""
+
+    stored: StoredStudy
+    study: Study
+    parts: list[_PartJob]
+    open_views: int = 1  # one more than the views, until all of them are on their way
+    passing: MuraError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Pipeline:
+    """Takes claims in, scores queued studies, and leaves every file in its place.
+
+    Args:
+        decoders: threads that decode; overlays and commits have as many of their own.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        custody: Custody,
+        weights: WeightsStore,
+        scorer: Scorer,
+        *,
+        decoders: int | None = None,
+    ) -> None:
+        self.finished: Counter[State] = Counter()
+        self._settings = settings
+        self._store = store
+        self._custody = custody
+        self._weights = weights
+        self._scorer = scorer
+        threads = decoders or max(2, min(8, os.cpu_count() or 2))
+        self._decoders = ThreadPoolExecutor(threads, "decode")
+        self._finishers = ThreadPoolExecutor(threads, "finish")
+        self._window = threading.BoundedSemaphore(max(64, _VIEWS_IN_FLIGHT * settings.batch))
+        self._in_flight = 0
+        self._idle = threading.Condition()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drain()
+        self._decoders.shutdown()
+        self._finishers.shutdown()
+
+    # ---- intake
+
+    def receive(self, claim: Claim) -> Recorded:
+        """Record a claim in the ledger; the study it belongs to is queued if it is news."""
+        _step("claimed", claim=claim.id)
+        header = read_study(claim.files[:1])
+        recorded = self._store.record_claim(
+            ClaimRecord(
+                id=claim.id,
+                kind=claim.kind,
+                key=claim.key,
+                received_at=claim.received_at,
+                settled_by=claim.settled_by,
+                files=tuple(
+                    ClaimedFile(
+                        f.name, f.sha256, f.size, found.mtime_ns, found.inode, problem=f.problem
+                    )
+                    for f, found in zip(claim.files, claim.fingerprints, strict=True)
+                ),
+                study_uid=header.study_uid,
+                accession=header.accession,
+                place=Place.INBOX if self._settings.archive == "leave" else Place.WORK,
+            ),
+            self._settings.late_hours,
+        )
+        log.info("study received", extra={"study": recorded.study_id, "as": recorded.outcome})
+        _step("recorded", study=recorded.study_id)
+        if recorded.outcome == "duplicate":
+            self.settle_custody(self._store.study(recorded.study_id))
+        return recorded
+
+    # ---- scoring
+
+    def feed(self, studies: Iterable[StoredStudy]) -> None:
+        """Start the studies that were taken from the queue; waits where too much is in flight."""
+        with self._scorer.feeding():
+            for stored in studies:
+                with self._idle:
+                    self._in_flight += 1
+                _step("taken", study=stored.id)
+                self._bounded(stored, lambda stored=stored: self._start(stored))
+
+    def drain(self) -> None:
+        """Wait until every study that was fed is finished."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._in_flight == 0)
+
+    def _bounded(self, stored: StoredStudy, action: Callable[[], None]) -> None:
+        """Run a step of one study; what goes wrong in it stays with that study."""
+        error = _attempt(stored.id, action)
+        if error is None:
+            return
+        if isinstance(error, Transient):
+            self._defer(stored, error)
+        else:
+            code = error.code if isinstance(error, Rejected) else "misconfigured"
+            self._fail(stored, code, str(error))
+        self._leave(State.FAILED)
+
+    def _start(self, stored: StoredStudy) -> None:
+        """Decide the areas and send every view that needs a score on its way."""
+        study = read_study([self._source(stored, file) for file in stored.files])
+        answer = PersonAnswer(stored.set_area, stored.set_all) if stored.set_area else None
+        parts = [self._part_job(p, stored) for p in divide(study, self._settings.rules, answer)]
+        _step("decided", study=stored.id)
+        job = _Job(stored, study, parts)
+        for part in parts:
+            for slot in part.slots:
+                if slot.error is None and part.card is not None:
+                    self._admit(job, slot, part.card)
+        self._view_done(job)
+
+    def _source(self, stored: StoredStudy, file: StoredFile) -> SourceFile:
+        if file.place is Place.DELETED:
+            path, problem = self._settings.home, "deleted"
+        else:
+            path = self._custody.locate(file.place, stored.id, file.claim, file.name)
+            problem = file.problem if file.sha256 == "" else ""
+        return SourceFile(path, file.name, file.sha256, file.size, problem)
+
+    def _part_job(self, part: Part, stored: StoredStudy) -> _PartJob:
+        slots = [_Slot(view, error=view.problem) for view in part.views]
+        if part.area is None:
+            return _PartJob(part, slots=slots)
+        try:
+            card = self._weights.active(part.area)
+        except MuraError as exc:
+            log.warning("weights refused", extra={"area": part.area, "error": str(exc)})
+            card = None
+        if card is None:
+            return _PartJob(part, slots=slots)
+        known = self._store.result_for(stored.digest, part.area, card.sha256)
+        if known is not None and not stored.rerun:
+            return _PartJob(part, card, known.id)
+        return _PartJob(part, card, slots=slots)
+
+    def _admit(self, job: _Job, slot: _Slot, card: Card) -> None:
+        if not self._window.acquire(blocking=False):
+            with self._scorer.pausing():
+                self._window.acquire()
+        with job.lock:
+            job.open_views += 1
+        self._scorer.announce(card)
+        self._decoders.submit(self._decode, job, slot, card)
+
+    def _decode(self, job: _Job, slot: _Slot, card: Card) -> None:
+        """Read one view and hand it to the scorer (a decoder thread)."""
+
+        def action() -> None:
+            luminance = read_luminance(slot.view.file.path, slot.view.frame)
+            ready = prepare(luminance, card.preprocessing)
+            picture = thumbnail(luminance, ready.box) if self._settings.overlays else None
+            _step("decoded", study=job.stored.id)
+            submitted.append((ready.pixels, picture))
+
+        submitted: list[tuple[Luminance, Thumbnail | None]] = []
+        if (error := _attempt(job.stored.id, action)) is not None:
+            self._scorer.withdraw(card)
+            self._view_failed(job, slot, error)
+            return
+        pixels, picture = submitted[0]
+        self._scorer.submit(card, pixels).add_done_callback(
+            lambda score: self._finishers.submit(self._scored, job, slot, card, picture, score)
+        )
+
+    def _scored(
+        self,
+        job: _Job,
+        slot: _Slot,
+        card: Card,
+        picture: Thumbnail | None,
+        score: Future[ViewScore],
+    ) -> None:
+        """Keep one view's score and write its overlay (a finisher thread)."""
+
+        def action() -> None:
+            slot.score = score.result()
+            _step("scored", study=job.stored.id)
+            if picture is not None:
+                slot.overlay = self._write_overlay(job.study, slot.view, slot.score, card, picture)
+                _step("overlay", study=job.stored.id)
+
+        error = _attempt(job.stored.id, action)
+        if error is None:
+            self._window.release()
+            self._view_done(job)
+        else:
+            self._view_failed(job, slot, error)
+
+    def _write_overlay(
+        self, study: Study, view: View, score: ViewScore, card: Card, picture: Thumbnail
+    ) -> str:
+        name = overlay_name(study.digest, view.file.sha256, view.frame, card.sha256)
+        target = self._settings.overlays_dir / name
+        caption = Caption(card, score.probability)
+        write_overlay(target, render(picture, score.map, caption, self._settings.overlay_scale))
+        return f"{self._settings.overlays_dir.name}/{name}"
+
+    def _view_failed(self, job: _Job, slot: _Slot, error: MuraError) -> None:
+        self._window.release()
+        if isinstance(error, Rejected):
+            slot.error = error
+        else:
+            job.passing = error
+        self._view_done(job)
+
+    def _view_done(self, job: _Job) -> None:
+        with job.lock:
+            job.open_views -= 1
+            last = job.open_views == 0
+        if last:
+            self._finishers.submit(self._bounded, job.stored, lambda: self._finish(job))
+
+    # ---- outcome
+
+    def _finish(self, job: _Job) -> None:
+        """Commit what was found out, then move the files; every view has its score or error."""
+        if isinstance(job.passing, (NoWeights, WeightsRefused)):
+            log.warning("weights refused", extra={"study": job.stored.id})
+        elif job.passing is not None:
+            raise job.passing
+        now = datetime.now(UTC)
+        readings = tuple(self._reading(part, job, now) for part in _joined(job.parts))
+        events = tuple(
+            ("identifier_conflict", {"sop_instance_uid": uid}) for uid in job.study.conflicts
+        )
+        self._store.commit(
+            StudyOutcome(
+                study_id=job.stored.id,
+                request=job.stored.request,
+                digest=job.stored.digest,
+                at=now,
+                readings=readings,
+                problems=_file_problems(job.parts),
+                events=events,
+            )
+        )
+        _step("committed", study=job.stored.id)
+        for reading in readings:
+            facts = {"study": job.stored.id, "area": reading.area, "state": reading.state}
+            log.info("study finished", extra=facts)
+        self.settle_custody(self._store.study(job.stored.id))
+        self._leave(*(reading.state for reading in readings))
+
+    def _reading(self, job_part: _PartJob, job: _Job, now: datetime) -> ReadingOutcome:
+        """Say how one area of the study ended."""
+        decision = job_part.part.decision
+        area, source, evidence = decision.area, decision.source, decision.evidence()
+
+        def ended(
+            state: State, code: str = "", reason: str = "", result: NewResult | int | None = None
+        ) -> ReadingOutcome:
+            return ReadingOutcome(
+                area=area,
+                state=state,
+                area_source=source,
+                evidence=evidence,
+                reason_code=code,
+                reason=reason,
+                result=result,
+            )
+
+        if job_part.known is not None:
+            return ended(State.DONE, result=job_part.known)
+        errors = [slot.error for slot in job_part.slots]
+        first = next((error for error in errors if error is not None), None)
+        if first is not None and all(errors):
+            return ended(State.QUARANTINED, first.code, str(first))
+        if decision.outcome == "unsupported":
+            return ended(State.QUARANTINED, "unsupported_area", decision.why)
+        if area is None:
+            todo = f"{decision.why}; answer with `mura-batch rerun {job.stored.id} --set-area AREA`"
+            return ended(State.NEEDS_AREA, "needs_area", todo)
+        scores = [slot.score.logit for slot in job_part.slots if slot.score is not None]
+        if job_part.card is None or not scores:
+            return ended(State.NO_WEIGHTS, "no_weights", _no_weights(area, job.passing))
+        return ended(State.DONE, result=self._result(job_part, job_part.card, scores, now))
+
+    def _result(
+        self, job_part: _PartJob, card: Card, logits: Sequence[float], now: datetime
+    ) -> NewResult:
+        conclusion = conclude(logits, card, self._settings)
+        data = json.loads(card.to_json())
+        return NewResult(
+            weights=card.sha256,
+            card=data,
+            logit=conclusion.logit,
+            probability=conclusion.probability,
+            calibrated=conclusion.calibrated,
+            decision=conclusion.decision,
+            threshold=conclusion.threshold,
+            operating_point=conclusion.operating_point,
+            aggregate=self._settings.aggregate,
+            target=card.target,
+            preprocessing=data["preprocessing"],
+            calibration=data["calibration"],
+            runtime=next(s.score.runtime for s in job_part.slots if s.score is not None),
+            version=version("mura-batch"),
+            scored_at=now,
+            views=tuple(_view_outcome(slot) for slot in job_part.slots),
+        )
+
+    def _defer(self, stored: StoredStudy, error: MuraError) -> None:
+        attempt = stored.attempts + 1
+        if attempt >= self._settings.attempts:
+            self._fail(stored, "attempts_exhausted", str(error))
+            return
+        wait = timedelta(seconds=self._settings.retry_seconds * 2 ** (attempt - 1))
+        self._store.defer(stored.id, str(error), datetime.now(UTC) + wait)
+        log.warning("study will be tried again", extra={"study": stored.id, "attempt": attempt})
+
+    def _fail(self, stored: StoredStudy, code: str, reason: str) -> None:
+        self._store.fail(stored.id, stored.request, code, reason, datetime.now(UTC))
+        log.error("study failed", extra={"study": stored.id, "code": code})
+
+    def _leave(self, *states: State) -> None:
+        with self._idle:
+            self.finished.update(states)
+            self._in_flight -= 1
+            self._idle.notify_all()
+
+    # ---- custody
+
+    def settle_custody(self, stored: StoredStudy) -> None:
+        """Move a study's files to where its stored state says they belong; replayable."""
+        states = {reading.state for reading in stored.readings}
+        if states & _WAITING or not states:
+            return
+        lying = [f for f in stored.files if f.place in (Place.WORK, Place.QUARANTINE)]
+        if states == {State.QUARANTINED}:
+            reading = stored.readings[0]
+            reason = _reason(reading.reason_code, reading.reason)
+            for claim in _claims(f for f in lying if f.place is Place.WORK):
+                self._custody.to_quarantine(stored.id, claim, reason)
+                self._store.moved(stored.id, claim, Place.QUARANTINE)
+        else:
+            self._release(stored, lying)
+        _step("moved", study=stored.id)
+
+    def _release(self, stored: StoredStudy, lying: Sequence[StoredFile]) -> None:
+        """Archive (or delete) a scored study's files; its unreadable ones go to quarantine."""
+        for file in lying:
+            if file.problem and file.place is Place.WORK:
+                reason = _reason(file.problem, "this file of a scored study could not be scored")
+                self._custody.quarantine_file(stored.id, file.claim, file.name, reason)
+                self._store.moved(stored.id, file.claim, Place.QUARANTINE, [file.name])
+        for claim in _claims(f for f in lying if not f.problem):
+            if self._settings.archive == "delete":
+                self._custody.discard(claim)
+                self._store.moved(stored.id, claim, Place.DELETED)
+            else:
+                self._custody.to_archive(stored.id, claim)
+                self._store.moved(stored.id, claim, Place.ARCHIVE)
+
+
+def _attempt(study_id: str, action: Callable[[], None]) -> MuraError | None:
+    """Run ``action`` and return what went wrong, as an error of the tree (the study boundary)."""
+    try:
+        action()
+    except MuraError as exc:
+        return exc
+    except (OSError, MemoryError) as exc:
+        return Transient(
+            f"{type(exc).__name__}: {os.strerror(exc.errno or 0)}"
+            if isinstance(exc, OSError)
+            else "out of memory"
+        )
+    except Exception as exc:  # noqa: BLE001 - a defect costs one study, not the daemon
+        frame = traceback.extract_tb(exc.__traceback__)[-1]
+        where = f"{type(exc).__name__} in {frame.name}, line {frame.lineno}"
+        log.error("defect in this program", extra={"study": study_id, "error": where})  # noqa: TRY400 - a message could hold what logs must not
+        return Rejected("defect", f"a defect in this program: {where}")
+    return None
+
+
+def _joined(parts: Sequence[_PartJob]) -> list[_PartJob]:
+    """Return at most one part without an area: what a person can answer stands for all of it."""
+    placed = [part for part in parts if part.part.area is not None]
+    loose = [part for part in parts if part.part.area is None]
+    loose.sort(
+        key=lambda p: (
+            p.part.decision.outcome != "needs_person" or all(slot.error for slot in p.slots)
+        )
+    )
+    return placed + loose[:1]
+
+
+def _file_problems(parts: Sequence[_PartJob]) -> tuple[FileProblem, ...]:
+    """Return the files none of whose views can ever be scored."""
+    by_file: dict[str, list[Rejected | None]] = {}
+    for part in parts:
+        for slot in part.slots:
+            error = slot.error
+            if error is None and part.part.decision.outcome == "unsupported":
+                error = UnsupportedArea("unsupported_area", part.part.decision.why)
+            by_file.setdefault(slot.view.file.sha256, []).append(error)
+    return tuple(
+        FileProblem(sha256, errors[0].code, str(errors[0]))
+        for sha256, errors in by_file.items()
+        if errors[0] is not None and all(errors)
+    )
+
+
+def _view_outcome(slot: _Slot) -> ViewOutcome:
+    view, score = slot.view, slot.score
+    return ViewOutcome(
+        sha256=view.file.sha256,
+        frame=view.frame,
+        source=masked(view.file.name),
+        sop_instance_uid=view.sop_instance_uid,
+        logit=None if score is None else score.logit,
+        probability=None if score is None else score.probability,
+        overlay=slot.overlay,
+        error_code="" if slot.error is None else slot.error.code,
+        error="" if slot.error is None else str(slot.error),
+    )
+
+
+def _no_weights(area: Area, refused: MuraError | None) -> str:
+    if refused is not None:
+        return str(refused)
+    return f"no active weights for {area}: run `mura-batch models fetch {area}` or `models import`"
+
+
+def _reason(code: str, message: str) -> Reason:
+    return Reason(code, "score", message, what_to_do(code))
+
+
+def _claims(files: Iterable[StoredFile]) -> list[str]:
+    return list(dict.fromkeys(file.claim for file in files))
+
+
+def _step(name: str, **ids: str) -> None:
+    _steps.debug(name, extra=ids)

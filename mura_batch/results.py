@@ -1,0 +1,525 @@
+"""Reading the database: ``query``, ``export``, ``status``, and what the daemon looks up.
+
+Opened read-only, also while a daemon writes. Nothing heavy is imported here: a query is a process
+that has to answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self, cast
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Float,
+    Select,
+    String,
+    and_,
+    case,
+    false,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    union_all,
+)
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.engine import Engine
+
+from mura_batch.area import Area
+from mura_batch.engine import check_revision, open_engine, reading
+from mura_batch.errors import Misconfigured
+from mura_batch.records import (
+    Counts,
+    EventRow,
+    Filters,
+    ImageRow,
+    LabelRow,
+    Place,
+    State,
+    StoredFile,
+    StoredReading,
+    StoredResult,
+    StoredStudy,
+    StudyRow,
+    Work,
+)
+from mura_batch.schema import events, files, labels, readings, results, studies, views
+
+_BOUND = 500  # values in one IN (…)
+_STREAM = 1000  # rows fetched at a time: memory stays flat however long the answer is
+_HEX = re.compile("[0-9a-f]+")
+_STUDY_COLUMNS = len(StudyRow.__dataclass_fields__) - 1  # the notice is no column
+
+
+class Results:
+    """The stored studies and results, read-only; use as a context manager. Thread-safe."""
+
+    _READ_ONLY: ClassVar = True
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """Open the database at a SQLAlchemy URL.
+
+        Raises:
+            Misconfigured: it is missing, unreadable, or of another revision; the message names
+                the command that fixes it.
+        """
+        engine = open_engine(url, read_only=cls._READ_ONLY)
+        try:
+            check_revision(engine)
+        except Misconfigured:
+            engine.dispose()
+            raise
+        return cls(engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._engine.dispose()
+
+    # ---- rows for people
+
+    def query(self, filters: Filters = Filters()) -> Iterator[StudyRow]:  # noqa: B008 - frozen
+        """Yield one row a study and area, newest arrival first; superseded revisions (with
+        ``history``) follow their successors. Streams: the database is read as rows are taken.
+        """
+        parts = [_current(filters)]
+        if filters.history:
+            parts.append(_superseded(filters))
+        for row in self._stream(parts, filters.limit):
+            yield _study_row(row)
+
+    def images(self, filters: Filters = Filters()) -> Iterator[ImageRow]:  # noqa: B008 - frozen
+        """Yield one row a view of the rows that :meth:`query` gives, in the same order.
+
+        An area without a result has a row for each file of its study instead.
+        """
+        parts = [_with_views(_current(filters, images=True), filters), _with_files(filters)]
+        if filters.history:
+            parts.append(_with_views(_superseded(filters, images=True), filters))
+        for row in self._stream(parts, filters.limit):
+            yield ImageRow(_study_row(row), *row[_STUDY_COLUMNS : _STUDY_COLUMNS + 5])
+
+    def events(self, study_id: str) -> list[EventRow]:
+        """Return what happened to a study, oldest first."""
+        wanted = (
+            select(events.c.at, events.c.study_id, events.c.what, events.c.detail)
+            .where(events.c.study_id == study_id)
+            .order_by(events.c.id)
+        )
+        with reading(self._engine) as connection:
+            return [EventRow(*row) for row in connection.execute(wanted)]
+
+    def labels(self) -> Iterator[LabelRow]:
+        """Yield people's labels, by study and area."""
+        columns = (labels.c.study_id, labels.c.label, labels.c.area, labels.c.by, labels.c.at)
+        ordered = select(*columns).order_by(labels.c.study_id, labels.c.area)
+        with reading(self._engine) as connection:
+            for study, label, area, by, at in connection.execute(ordered):
+                word = cast('Literal["positive", "negative"]', label)
+                yield LabelRow(study, word, _area(area), by, at)
+
+    # ---- numbers for `status`
+
+    def counts(self, since: datetime) -> Counts:
+        """Count the rows in each state, the queue, and what was scored since a moment."""
+        work = select(studies.c.work, func.count(), func.min(studies.c.received_at))
+        state = select(studies.c.work, readings.c.state, func.count()).select_from(
+            readings.join(studies)
+        )
+        scored = select(func.count(), func.coalesce(func.sum(results.c.views), 0))
+        with reading(self._engine) as connection:
+            by_work = {row[0]: row for row in connection.execute(work.group_by(studies.c.work))}
+            rows = connection.execute(state.group_by(studies.c.work, readings.c.state)).all()
+            made = connection.execute(scored.where(results.c.scored_at >= since)).one()
+            last = connection.execute(select(func.max(results.c.scored_at))).scalar()
+        states: Counter[State] = Counter()
+        for at_work, settled, count in rows:
+            states[State(settled if at_work == Work.SETTLED else at_work)] += count
+        open_work = [by_work[w] for w in (Work.QUEUED, Work.RUNNING) if w in by_work]
+        return Counts(
+            states=states,
+            studies=sum(row[1] for row in by_work.values()),
+            queued=by_work[Work.QUEUED][1] if Work.QUEUED in by_work else 0,
+            running=by_work[Work.RUNNING][1] if Work.RUNNING in by_work else 0,
+            oldest=min((row[2] for row in open_work), default=None),
+            results=made[0],
+            views=made[1],
+            last_scored_at=last,
+        )
+
+    def stale(self, active: Mapping[Area, str]) -> int:
+        """Count current results of other weights than their area's active ones."""
+        wanted = select(func.count()).select_from(readings.join(results)).where(is_stale(active))
+        with reading(self._engine) as connection:
+            return connection.execute(wanted).scalar_one()
+
+    # ---- what the daemon looks up
+
+    def resolve(self, study: str) -> str:
+        """Return the id that ``study`` is, or is the only beginning of.
+
+        Raises:
+            Misconfigured: no study or several.
+        """
+        with reading(self._engine) as connection:
+            return resolve(connection, study)
+
+    def study(self, study_id: str) -> StoredStudy:
+        """Return a study with its files and readings.
+
+        Raises:
+            Misconfigured: there is no such study.
+        """
+        with reading(self._engine) as connection:
+            found = stored_studies(connection, [study_id])
+        if not found:
+            raise Misconfigured(f"No study {study_id!r}: see `mura-batch query`.")
+        return found[0]
+
+    def result_for(self, digest: str, area: Area, weights: str) -> StoredResult | None:
+        """Return the latest result of a key, None where it was never scored."""
+        with reading(self._engine) as connection:
+            return latest_result(connection, digest, area, weights)
+
+    def due(self, now: datetime) -> int:
+        """Count studies that are being worked on or could be taken now."""
+        wanted = select(func.count()).where(or_(studies.c.work == Work.RUNNING, is_due(now)))
+        with reading(self._engine) as connection:
+            return connection.execute(wanted.select_from(studies)).scalar_one()
+
+    def _stream(self, parts: list[Select[Any]], limit: int | None) -> Iterator[Any]:
+        """Run the parts as one statement, in the rows' order."""
+        if len(parts) == 1:
+            statement: Any = parts[0]
+        else:
+            statement = select(union_all(*parts).subquery())
+        by = statement.selected_columns
+        order = [by.received_at.desc(), by.study.desc(), by.sort_area, by.revision.desc()]
+        if "sort_view" in by:
+            order.append(by.sort_view)
+        statement = statement.order_by(*order).limit(limit)
+        with reading(self._engine) as connection:
+            streaming = connection.execution_options(yield_per=_STREAM)
+            rows: CursorResult[Any] = streaming.execute(statement)
+            yield from rows
+
+
+# ---- looked up inside a transaction, also by the store
+
+
+def resolve(connection: Connection, study: str) -> str:
+    """Return the id that ``study`` is, or is the only beginning of.
+
+    Raises:
+        Misconfigured: no study or several.
+    """
+    wanted = select(studies.c.id).where(_begins(studies.c.id, study)).order_by(studies.c.id)
+    found = list(connection.execute(wanted.limit(4)).scalars())
+    if study in found or len(found) == 1:
+        return study if study in found else found[0]
+    if not found:
+        raise Misconfigured(f"No study {study!r}: see `mura-batch query`.")
+    raise Misconfigured(f"{study!r} begins several studies ({', '.join(found)}): give more of it.")
+
+
+def chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield the ids in pieces that a statement can bind."""
+    for start in range(0, len(ids), _BOUND):
+        yield ids[start : start + _BOUND]
+
+
+def stored_studies(connection: Connection, ids: Iterable[str]) -> list[StoredStudy]:
+    """Return the studies of these ids with their files and readings, in the order of ``ids``."""
+    found: list[StoredStudy] = []
+    for some in chunks(list(ids)):
+        their_files = _files_of(connection, some)
+        their_readings = _readings_of(connection, some)
+        wanted = select(studies).where(studies.c.id.in_(some))
+        rows = {row["id"]: row for row in connection.execute(wanted).mappings()}
+        found += [
+            StoredStudy(
+                **{name: rows[study][name] for name in _PLAIN_STUDY_FIELDS},
+                work=Work(rows[study]["work"]),
+                set_area=_area(rows[study]["set_area"]),
+                files=tuple(their_files.get(study, ())),
+                readings=tuple(their_readings.get(study, ())),
+            )
+            for study in some
+            if study in rows
+        ]
+    return found
+
+
+def _files_of(connection: Connection, ids: Sequence[str]) -> dict[str, list[StoredFile]]:
+    """What was replaced under its name is not the study's any more."""
+    wanted = select(files).where(files.c.study_id.in_(ids), files.c.place != Place.REPLACED.value)
+    found: dict[str, list[StoredFile]] = {}
+    for row in connection.execute(wanted.order_by(files.c.id)).mappings():
+        file = StoredFile(
+            row["claim"],
+            os.fsdecode(row["raw_name"]),
+            row["source"],
+            row["sha256"],
+            row["size"],
+            Place(row["place"]),
+            row["problem"],
+        )
+        found.setdefault(row["study_id"], []).append(file)
+    return found
+
+
+def _readings_of(connection: Connection, ids: Sequence[str]) -> dict[str, list[StoredReading]]:
+    wanted = select(readings).where(readings.c.study_id.in_(ids)).order_by(readings.c.area)
+    found: dict[str, list[StoredReading]] = {}
+    for row in connection.execute(wanted).mappings():
+        told = (row["reason_code"], row["reason"], row["result_id"])
+        reading_ = StoredReading(_area(row["area"]), State(row["state"]), *told)
+        found.setdefault(row["study_id"], []).append(reading_)
+    return found
+
+
+def _area(name: str | None) -> Area | None:
+    return Area(name) if name else None
+
+
+_PLAIN_STUDY_FIELDS = tuple(
+    name
+    for name in StoredStudy.__dataclass_fields__
+    if name not in {"work", "set_area", "files", "readings"}
+)
+
+
+def latest_result(
+    connection: Connection, digest: str, area: str, weights: str
+) -> StoredResult | None:
+    """Return the latest result of a key, None where it was never scored."""
+    key = and_(results.c.digest == digest, results.c.area == area, results.c.weights == weights)
+    wanted = select(results.c.id, results.c.run, results.c.revision).where(key)
+    row = connection.execute(wanted.order_by(results.c.run.desc()).limit(1)).one_or_none()
+    return None if row is None else StoredResult(*row)
+
+
+def is_due(now: datetime) -> ColumnElement[bool]:
+    """Queued, and not waiting for a retry."""
+    waits = studies.c.not_before
+    return and_(studies.c.work == Work.QUEUED, or_(waits.is_(None), waits <= now))
+
+
+def is_stale(active: Mapping[Area, str]) -> ColumnElement[bool]:
+    """A reading's result has other weights than its area's active ones; needs both tables."""
+    return or_(
+        false(),
+        *(
+            and_(results.c.area == area, results.c.weights != digest)
+            for area, digest in active.items()
+        ),
+    )
+
+
+def conditions(filters: Filters, *, images: bool = False) -> list[ColumnElement[bool]]:
+    """Return what the filters ask of a join of studies, readings and results.
+
+    With ``images`` what concerns a view (its probability, its error) is left to the views.
+    """
+    wanted: list[ColumnElement[bool]] = []
+    if filters.study is not None:
+        wanted.append(_begins(studies.c.id, filters.study))
+    if filters.area is not None:
+        wanted.append(readings.c.area == filters.area)
+    if filters.state is not None:
+        wanted += _has_state(filters.state)
+    if filters.reason is not None and not images:
+        wanted.append(readings.c.reason_code == filters.reason)
+    return wanted + _of_results(filters, images=images) + _of_arrival(filters)
+
+
+def _of_results(filters: Filters, *, images: bool) -> list[ColumnElement[bool]]:
+    wanted: list[ColumnElement[bool]] = []
+    if filters.decision is not None:
+        wanted.append(results.c.decision == filters.decision)
+    if filters.weights is not None:
+        wanted.append(_begins(results.c.weights, filters.weights))
+    return wanted if images else wanted + _between(results.c.probability, filters)
+
+
+def _between(probability: ColumnElement[Any], filters: Filters) -> list[ColumnElement[bool]]:
+    wanted: list[ColumnElement[bool]] = []
+    if filters.min_probability is not None:
+        wanted.append(probability >= filters.min_probability)
+    if filters.max_probability is not None:
+        wanted.append(probability <= filters.max_probability)
+    return wanted
+
+
+def _of_arrival(filters: Filters) -> list[ColumnElement[bool]]:
+    wanted: list[ColumnElement[bool]] = []
+    if filters.since is not None:
+        wanted.append(studies.c.received_at >= filters.since)
+    if filters.until is not None:
+        wanted.append(studies.c.received_at < filters.until)
+    return wanted
+
+
+def _has_state(state: State) -> list[ColumnElement[bool]]:
+    if state in {State.QUEUED, State.RUNNING}:
+        return [studies.c.work == state.value]
+    return [readings.c.state == state.value, studies.c.work == Work.SETTLED.value]
+
+
+def _begins(column: ColumnElement[str], start: str) -> ColumnElement[bool]:
+    """Hexadecimal text begins with ``start``, as a range that an index can serve."""
+    if not _HEX.fullmatch(start):
+        return false()
+    return and_(column >= start, column < start + "g")
+
+
+def _state() -> ColumnElement[str]:
+    settled = studies.c.work == Work.SETTLED.value
+    return case((settled, readings.c.state), else_=studies.c.work)
+
+
+def _reason() -> ColumnElement[str | None]:
+    """The code and sentence where there is one; a study in the queue tells its last error."""
+    told = case(
+        (readings.c.state == State.DONE.value, null()),
+        (readings.c.reason_code == "", null()),
+        else_=readings.c.reason_code + ": " + readings.c.reason,
+    )
+    return case((studies.c.work == Work.SETTLED.value, told), else_=studies.c.last_error)
+
+
+def _row_columns(
+    area: ColumnElement[str],
+    *,
+    state: ColumnElement[str],
+    source: ColumnElement[Any],
+    reason: ColumnElement[Any],
+) -> list[ColumnElement[Any]]:
+    """Return the columns of a row in ``StudyRow``'s order, then what it is sorted by."""
+    return [
+        studies.c.id.label("study"),
+        func.coalesce(results.c.digest, studies.c.digest).label("digest"),
+        results.c.revision.label("revision"),
+        state.label("state"),
+        func.nullif(area, "", type_=String).label("area"),
+        source.label("area_source"),
+        results.c.logit.label("study_logit"),
+        results.c.probability.label("study_probability"),
+        results.c.calibrated,
+        results.c.decision,
+        results.c.threshold,
+        results.c.operating_point,
+        results.c.target,
+        results.c.views,
+        results.c.views_failed,
+        results.c.weights,
+        studies.c.study_uid,
+        studies.c.accession,
+        studies.c.source,
+        studies.c.received_at,
+        results.c.scored_at,
+        reason.label("reason"),
+    ]
+
+
+def _current(filters: Filters, *, images: bool = False) -> Select[Any]:
+    """Select the current rows; one a study and area."""
+    columns = _row_columns(
+        readings.c.area, state=_state(), source=readings.c.area_source, reason=_reason()
+    )
+    tables = readings.join(studies).outerjoin(results, results.c.id == readings.c.result_id)
+    if images:
+        tables = tables.join(views, views.c.result_id == results.c.id)
+    chosen = select(*columns) if images else select(*columns, readings.c.area.label("sort_area"))
+    return chosen.select_from(tables).where(*conditions(filters, images=images))
+
+
+def _superseded(filters: Filters, *, images: bool = False) -> Select[Any]:
+    """Select the results that no current row shows any more."""
+    columns = _row_columns(
+        results.c.area,
+        state=literal(State.DONE.value),
+        source=results.c.area_source,
+        reason=sql_cast(null(), String),
+    )
+    tables = results.join(studies, studies.c.id == results.c.study_id)
+    if images:
+        tables = tables.join(views, views.c.result_id == results.c.id)
+    shown = select(readings.c.id).where(readings.c.result_id == results.c.id).exists()
+    wanted = [~shown, *_of_results(filters, images=images), *_of_arrival(filters)]
+    if filters.study is not None:
+        wanted.append(_begins(studies.c.id, filters.study))
+    if filters.area is not None:
+        wanted.append(results.c.area == filters.area)
+    if filters.state not in {None, State.DONE} or (filters.reason is not None and not images):
+        wanted.append(false())
+    chosen = select(*columns) if images else select(*columns, results.c.area.label("sort_area"))
+    return chosen.select_from(tables).where(*wanted)
+
+
+def _with_views(rows: Select[Any], filters: Filters) -> Select[Any]:
+    error = case(
+        (views.c.error_code == "", null()), else_=views.c.error_code + ": " + views.c.error
+    )
+    wanted = _between(views.c.probability, filters)
+    if filters.reason is not None:
+        wanted.append(views.c.error_code == filters.reason)
+    return rows.add_columns(
+        views.c.source.label("image"),
+        views.c.probability.label("view_probability"),
+        views.c.logit.label("view_logit"),
+        views.c.overlay,
+        error.label("error"),
+        results.c.area.label("sort_area"),
+        views.c.id.label("sort_view"),
+    ).where(*wanted)
+
+
+def _with_files(filters: Filters) -> Select[Any]:
+    """Select a row for each file of the current rows that have no result."""
+    columns = _row_columns(
+        readings.c.area, state=_state(), source=readings.c.area_source, reason=_reason()
+    )
+    tables = (
+        readings.join(studies)
+        .outerjoin(results, results.c.id == readings.c.result_id)
+        .join(files, files.c.study_id == studies.c.id)
+    )
+    wanted = conditions(filters)
+    return (
+        select(
+            *columns,
+            files.c.source.label("image"),
+            sql_cast(null(), Float).label("view_probability"),
+            sql_cast(null(), Float).label("view_logit"),
+            sql_cast(null(), String).label("overlay"),
+            func.nullif(files.c.problem, "", type_=String).label("error"),
+            readings.c.area.label("sort_area"),
+            files.c.id.label("sort_view"),
+        )
+        .select_from(tables)
+        .where(readings.c.result_id.is_(None), files.c.place != Place.REPLACED.value, *wanted)
+    )
+
+
+def _study_row(row: Any) -> StudyRow:
+    return StudyRow(*row[:_STUDY_COLUMNS])

@@ -1,0 +1,75 @@
+"""What every runtime gives back, and how it says that a batch was too large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mura_batch.errors import Transient
+
+
+class OutOfMemory(Transient):
+    """The batch does not fit into the device's memory; a smaller one may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """One forward pass over N views.
+
+    Attributes:
+        logits: float32, shape (N,); the sigmoid is the probability of the target.
+        maps: float32, shape (N, h, w); signed evidence in logit units, whose sum over space
+            is the logit without the classifier's bias (see :mod:`mura_batch.network`).
+    """
+
+    logits: NDArray[np.float32]
+    maps: NDArray[np.float32]
+
+
+class Runtime(Protocol):
+    """A network ready to score; for one thread at a time.
+
+    Attributes:
+        name: ``torch`` or ``openvino``.
+        device: ``cpu``, ``cuda:0``, ``mps``.
+        nbytes: memory that it keeps while it is warm, in bytes, estimated.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - the class's Attributes say it
+
+    @property
+    def device(self) -> str: ...  # noqa: D102
+
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+
+    def infer(self, pixels: NDArray[np.uint8]) -> Inference:
+        """Score luminance of shape (N, S, S), N at least 1, S the side the weights want.
+
+        Raises:
+            OutOfMemory: the batch is too large for the device.
+        """
+        ...
+
+
+_MARKS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad alloc")
+
+
+@contextmanager
+def memory_watched(views: int, device: str) -> Iterator[None]:
+    """Turn the many ways in which libraries report a full memory into :class:`OutOfMemory`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and not any(mark in str(exc).lower() for mark in _MARKS):
+            raise
+        raise OutOfMemory(
+            f"{device} has too little free memory for {views} views at once: set `batch` lower"
+            " or free memory"
+        ) from exc

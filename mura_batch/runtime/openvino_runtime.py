@@ -1,0 +1,162 @@
+"""The network on OpenVINO, in f32, on the CPU.
+
+OpenVINO's own converter traces the network with ``torch.jit`` (deprecated) and takes many
+seconds for each area at every start. A DenseNet needs six operations, so its torch graph is
+carried over node by node, in well under a second; the tests hold the result to torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import openvino
+import torch
+from numpy.typing import NDArray
+from openvino import opset13 as op
+from torch import fx, nn
+
+from mura_batch.network import EvidenceNet
+from mura_batch.radiograph import Preprocessing
+from mura_batch.runtime.inference import Inference, memory_watched
+
+Node = Any  # an OpenVINO node or output: the package has no types
+
+# Views in one request: a batch is cut into requests that the streams work on side by side.
+REQUEST = 4
+
+# f32 on every CPU (some would choose bf16 by themselves). The throughput hint makes a stream
+# for every one or few cores and works on several small requests at once.
+SETTINGS: Final = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"}
+
+
+class OpenVinoRuntime:
+    """OpenVINO in f32 on the CPU, batches of any size; the torch network can go afterwards."""
+
+    name: Final = "openvino"
+    device: Final = "cpu"
+
+    def __init__(self, network: EvidenceNet, spec: Preprocessing) -> None:
+        with memory_watched(0, self.device):
+            model = openvino_model(network, spec)
+            compiled = openvino.Core().compile_model(model, "CPU", SETTINGS)
+            self._queue = openvino.AsyncInferQueue(compiled)
+        self._queue.set_callback(_collect)
+        weights = sum(t.nbytes for t in network.state_dict().values())
+        self.nbytes: Final = weights * (1 + len(self._queue))
+
+    def infer(self, pixels: NDArray[np.uint8]) -> Inference:
+        """Score luminance of shape (N, S, S); see :class:`mura_batch.runtime.Runtime`."""
+        parts: dict[int, Inference] = {}
+        with memory_watched(len(pixels), self.device):
+            for start in range(0, len(pixels), REQUEST):
+                self._queue.start_async([pixels[start : start + REQUEST]], (parts, start))
+            self._queue.wait_all()
+        ordered = [parts[start] for start in sorted(parts)]
+        return Inference(
+            np.concatenate([part.logits for part in ordered]),
+            np.concatenate([part.maps for part in ordered]),
+        )
+
+
+def _collect(request: Any, place: tuple[dict[int, Inference], int]) -> None:
+    """Copy a finished request's outputs, whose memory the next request takes over."""
+    parts, start = place
+    logits, maps = (request.get_output_tensor(n).data.copy() for n in range(2))
+    parts[start] = Inference(logits, maps)
+
+
+def openvino_model(network: EvidenceNet, spec: Preprocessing) -> openvino.Model:
+    """Return the graph from uint8 luminance (N, S, S) to logits (N,) and maps (N, h, w).
+
+    Raises:
+        NotImplementedError: ``network`` has an operation that a DenseNet does not have.
+    """
+    network = network.eval().to("cpu")
+    films = op.parameter([-1, spec.size, spec.size], np.uint8, name="pixels")
+    activations = op.relu(_features(network.features, _normalised(films, spec)))
+    weight = network.classifier.weight.detach().numpy()[:, :, None, None]
+    evidence = op.convolution(activations, _constant(weight), [1, 1], [0, 0], [0, 0], [1, 1])
+    shape = op.convert(op.shape_of(evidence), np.float32)
+    cells = op.reduce_prod(op.gather(shape, _indices([2, 3]), _indices(0)), _indices([0]))
+    maps = op.divide(op.squeeze(evidence, _indices([1])), cells)
+    bias = _constant(network.classifier.bias.detach().numpy())
+    logits = op.add(op.reduce_sum(maps, _indices([1, 2])), bias)
+    return openvino.Model([logits, maps], [films], "evidence")
+
+
+def _normalised(films: Node, spec: Preprocessing) -> Node:
+    """Like :func:`mura_batch.network.normalise`."""
+    scaled = op.divide(op.convert(films, np.float32), _constant(np.float32(255)))
+    one = op.unsqueeze(scaled, _indices([1]))
+    mean, std = (_constant(np.reshape(v, (1, 3, 1, 1))) for v in (spec.mean, spec.std))
+    return op.divide(op.subtract(one, mean), std)
+
+
+def _features(trunk: nn.Module, images: Node) -> Node:
+    """Carry ``trunk``'s torch graph over to OpenVINO, node by node."""
+    done: dict[fx.Node, Node] = {}
+    for node in fx.symbolic_trace(trunk).graph.nodes:
+        if node.op == "placeholder":
+            done[node] = images
+        elif node.op == "output":
+            return done[node.args[0]]
+        elif node.op == "call_function" and node.target is torch.cat:
+            done[node] = op.concat([done[part] for part in node.args[0]], axis=1)
+        elif node.op == "call_module":
+            module = trunk.get_submodule(node.target)
+            build = _LAYERS.get(type(module))
+            if build is None:
+                raise NotImplementedError(f"no OpenVINO operation for {type(module).__name__}")
+            done[node] = build(module, done[node.args[0]])
+        else:
+            raise NotImplementedError(f"no OpenVINO operation for {node.target}")
+    raise NotImplementedError("a network without an output")
+
+
+def _convolution(layer: nn.Conv2d, x: Node) -> Node:
+    padding = list(layer.padding)
+    kernel = _constant(layer.weight.detach().numpy())
+    return op.convolution(x, kernel, list(layer.stride), padding, padding, list(layer.dilation))
+
+
+def _batch_norm(layer: nn.BatchNorm2d, x: Node) -> Node:
+    values = layer.state_dict()
+    scale, shift, mean, variance = (
+        _constant(values[key].numpy()) for key in ("weight", "bias", "running_mean", "running_var")
+    )
+    return op.batch_norm_inference(x, scale, shift, mean, variance, layer.eps)
+
+
+def _max_pool(layer: nn.MaxPool2d, x: Node) -> Node:
+    stride, dilation, padding, kernel = (
+        [v, v] for v in (layer.stride, layer.dilation, layer.padding, layer.kernel_size)
+    )
+    return op.max_pool(x, stride, dilation, padding, padding, kernel).output(0)
+
+
+def _average_pool(layer: nn.AvgPool2d, x: Node) -> Node:
+    stride, padding, kernel = ([v, v] for v in (layer.stride, layer.padding, layer.kernel_size))
+    return op.avg_pool(x, stride, padding, padding, kernel, exclude_pad=False)
+
+
+def _relu(_: nn.ReLU, x: Node) -> Node:
+    return op.relu(x)
+
+
+_LAYERS: dict[type[nn.Module], Callable[[Any, Node], Node]] = {
+    nn.Conv2d: _convolution,
+    nn.BatchNorm2d: _batch_norm,
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _average_pool,
+    nn.ReLU: _relu,
+}
+
+
+def _constant(values: Any) -> Node:
+    return op.constant(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _indices(values: Any) -> Node:
+    return op.constant(values, dtype=np.int32)

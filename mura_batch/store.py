@@ -1,0 +1,592 @@
+"""The ledger: every write to the database, each method one transaction that can be replayed.
+
+A study is recorded, taken, and committed (or deferred, or failed); what is asked of it meanwhile
+counts up its ``request``, so that an outcome that is older than the last request never settles it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, update
+from sqlalchemy.engine import Engine
+
+from mura_batch.area import Area
+from mura_batch.engine import reading, writing
+from mura_batch.errors import Misconfigured
+from mura_batch.records import (
+    ClaimedFile,
+    ClaimRecord,
+    Filters,
+    Json,
+    LabelRow,
+    Place,
+    ReadingOutcome,
+    Recorded,
+    Rerun,
+    State,
+    StoredStudy,
+    StudyOutcome,
+    Work,
+)
+from mura_batch.results import (
+    Results,
+    chunks,
+    conditions,
+    is_due,
+    is_stale,
+    resolve,
+    stored_studies,
+)
+from mura_batch.revisions import Revisions
+from mura_batch.schema import events, files, labels, readings, results, studies
+from mura_batch.study import Kind, content_digest, masked
+
+_WAITING = (State.NEEDS_AREA, State.NO_WEIGHTS)
+_GONE = (Place.DELETED, Place.REPLACED)
+
+
+class Store(Results):
+    """The writer; answers everything that :class:`Results` does. Thread-safe.
+
+    Every method raises Transient where the database does not answer; nothing was changed then.
+    """
+
+    _READ_ONLY: ClassVar = False
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._lock = threading.RLock()
+        self._ledger: dict[bytes, tuple[int, str, str]] | None = None
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with self._lock, writing(self._engine) as connection:
+            yield connection
+
+    # ---- claims
+
+    def record_claim(self, claim: ClaimRecord, late_hours: float) -> Recorded:
+        """Record a claim's files and find or make the study that they belong to.
+
+        DICOM files belong to their Study Instance UID. Others belong to the study that has exactly
+        their contents; else a folder's to the study of the same (masked) path whose last arrival
+        is within ``late_hours`` or that shares a content; else they make a new study.
+
+        Raises:
+            ValueError: the claim has no files.
+        """
+        if not claim.files:
+            msg = f"claim {claim.id} has no files"
+            raise ValueError(msg)
+        ledger = self._known_files() if claim.place is Place.INBOX else {}
+        with self._write() as connection:
+            replayed = select(files.c.study_id).where(files.c.claim == claim.id).limit(1)
+            if (known := connection.execute(replayed).scalar()) is not None:
+                return Recorded(known, "replayed", _request(connection, known))
+            _replace(connection, claim, ledger)
+            study = _study_of(connection, claim, late_hours)
+            if study is None:
+                study = _new_study(connection, claim)
+                _add_files(connection, study, claim)
+                _log(connection, claim.received_at, "new", _about(claim), study)
+                recorded = Recorded(study, "new", 1)
+            else:
+                recorded = _add_to(connection, study, claim)
+        ledger.update({os.fsencode(file.name): _fingerprint(file) for file in claim.files})
+        return recorded
+
+    def seen(self, name: str, size: int, mtime_ns: int, inode: int) -> bool:
+        """Say whether a file of the inbox, left where it is, has been recorded like this."""
+        return self._known_files().get(os.fsencode(name)) == (size, str(mtime_ns), str(inode))
+
+    def moved(
+        self, study_id: str, claim: str, place: Place, names: Sequence[str] | None = None
+    ) -> None:
+        """Record where files of a claim lie now.
+
+        Without ``names``: all of them, but those that are gone, and but those that lie in
+        quarantine for a problem of their own when the rest goes elsewhere.
+        """
+        wanted = [files.c.study_id == study_id, files.c.claim == claim, files.c.place != place]
+        if names is not None:
+            wanted.append(files.c.raw_name.in_([os.fsencode(name) for name in names]))
+        else:
+            wanted.append(files.c.place.not_in(_GONE))
+            if place is not Place.QUARANTINE:
+                wanted.append(or_(files.c.place != Place.QUARANTINE, files.c.problem == ""))
+        with self._write() as connection:
+            count = connection.execute(update(files).where(*wanted).values(place=place)).rowcount
+            if count:
+                detail = {"claim": claim, "place": place, "files": count}
+                _log(connection, datetime.now(UTC), "moved", detail, study_id)
+
+    def unsettled_custody(self) -> list[StoredStudy]:
+        """Return settled studies that wait for nobody but whose files still lie in work."""
+        waits = select(readings.c.id).where(
+            readings.c.study_id == studies.c.id, readings.c.state.in_(_WAITING)
+        )
+        wanted = (
+            select(studies.c.id)
+            .distinct()
+            .select_from(studies.join(files))
+            .where(files.c.place == Place.WORK, studies.c.work == Work.SETTLED, ~waits.exists())
+            .order_by(studies.c.id)
+        )
+        with reading(self._engine) as connection:
+            return stored_studies(connection, connection.execute(wanted).scalars())
+
+    # ---- the queue
+
+    def take(self, limit: int, now: datetime) -> list[StoredStudy]:
+        """Mark up to ``limit`` queued studies as running and return them.
+
+        New studies come before reruns, and longer waiting ones first.
+        """
+        wanted = select(studies.c.id).where(is_due(now))
+        ordered = wanted.order_by(studies.c.rerun, studies.c.received_at, studies.c.id)
+        with self._write() as connection:
+            ids = list(connection.execute(ordered.limit(limit)).scalars())
+            if not ids:
+                return []
+            running = update(studies).where(studies.c.id.in_(ids)).values(work=Work.RUNNING)
+            connection.execute(running)
+            return stored_studies(connection, ids)
+
+    def busy(self, now: datetime) -> bool:
+        """Return whether any study is running, or queued and due."""
+        wanted = select(studies.c.id).where(or_(studies.c.work == Work.RUNNING, is_due(now)))
+        with reading(self._engine) as connection:
+            return connection.execute(wanted.limit(1)).first() is not None
+
+    def recover(self) -> int:
+        """Queue again what an earlier process was running; return how many."""
+        again = update(studies).where(studies.c.work == Work.RUNNING).values(work=Work.QUEUED)
+        with self._write() as connection:
+            return connection.execute(again).rowcount
+
+    def commit(self, outcome: StudyOutcome) -> None:
+        """Store what one pass found out: results, current readings, problems, events.
+
+        A key that is stored already keeps its row, except on a rerun, which makes a new one. The
+        study is settled, or queued again where more was asked of it meanwhile.
+
+        Raises:
+            Misconfigured: the study, or a result that a reading names, is not stored.
+            ValueError: no readings; every study keeps a row.
+        """
+        if not outcome.readings:
+            msg = f"an outcome of study {outcome.study_id} without a reading"
+            raise ValueError(msg)
+        with self._write() as connection:
+            row = _study_row(connection, outcome.study_id)
+            fresh = row["request"] == outcome.request
+            revisions = Revisions(connection, outcome, rerun=row["rerun"] and fresh)
+            placed = [(reading, revisions.place(reading)) for reading in outcome.readings]
+            areas = [reading.area or "" for reading in outcome.readings]
+            gone = and_(readings.c.study_id == outcome.study_id, readings.c.area.not_in(areas))
+            connection.execute(delete(readings).where(gone))
+            for reading, result in placed:
+                _show(connection, outcome, reading, result)
+            _note_problems(connection, outcome)
+            for what, detail in outcome.events:
+                _log(connection, outcome.at, what, detail, outcome.study_id)
+            _settle(connection, outcome.study_id, fresh=fresh)
+
+    def defer(self, study_id: str, error: str, not_before: datetime) -> int:
+        """Queue a study for another try; return how many tries have failed."""
+        with self._write() as connection:
+            attempts = int(_study_row(connection, study_id)["attempts"]) + 1
+            connection.execute(
+                update(studies)
+                .where(studies.c.id == study_id)
+                .values(
+                    work=Work.QUEUED, attempts=attempts, last_error=error, not_before=not_before
+                )
+            )
+            detail = {"error": error, "attempts": attempts}
+            _log(connection, datetime.now(UTC), "deferred", detail, study_id)
+            return attempts
+
+    def fail(self, study_id: str, request: int, code: str, reason: str, at: datetime) -> None:
+        """Give a study up: all its readings fail, with what they last showed kept."""
+        with self._write() as connection:
+            fresh = _study_row(connection, study_id)["request"] == request
+            connection.execute(
+                update(readings)
+                .where(readings.c.study_id == study_id)
+                .values(state=State.FAILED, reason_code=code, reason=reason, updated_at=at)
+            )
+            _log(connection, at, State.FAILED, {"code": code, "reason": reason}, study_id)
+            _settle(connection, study_id, fresh=fresh)
+
+    # ---- asked again
+
+    def requeue_no_weights(self, areas: Iterable[Area]) -> int:
+        """Queue the studies that waited for weights of these areas; return how many."""
+        waiting = select(readings.c.study_id).where(
+            readings.c.state == State.NO_WEIGHTS, readings.c.area.in_(list(areas))
+        )
+        with self._write() as connection:
+            wanted = select(studies.c.id).where(
+                studies.c.id.in_(waiting), studies.c.work == Work.SETTLED
+            )
+            ids = list(connection.execute(wanted).scalars())
+            _queue(connection, ids, "weights_came", {})
+            return len(ids)
+
+    def rerun(self, which: Rerun, set_area: Area | None = None) -> list[str]:
+        """Queue studies to be scored again and return their ids.
+
+        ``set_area`` is a person's word: it counts for the undecided views where the study waits
+        for an area, else for all of its views, and for images that come later. Studies whose
+        files were deleted after scoring are passed over when a filter chose them.
+
+        Raises:
+            Misconfigured: nothing was chosen, an id is unknown or ambiguous, or the files of a
+                study that was named are deleted.
+        """
+        nothing = which.filters in {None, Filters()}
+        if nothing and not (which.studies or which.failed or which.stale is not None):
+            raise Misconfigured("Say which studies: ids, filters, --failed or --stale.")
+        with self._write() as connection:
+            named = [resolve(connection, study) for study in which.studies]
+            chosen = _chosen(connection, which, named)
+            ids = _with_files(connection, chosen)
+            if missing := sorted(set(named) & (set(chosen) - set(ids))):
+                raise Misconfigured(
+                    f"The files of {', '.join(missing)} are deleted: drop them in again."
+                )
+            if set_area is not None:
+                _set_area(connection, ids, set_area)
+            _queue(connection, ids, "rerun", {"set_area": set_area} if set_area else {}, rerun=True)
+            return ids
+
+    # ---- people's labels, and the log
+
+    def set_labels(self, truth: Iterable[LabelRow]) -> int:
+        """Store labels, all or none; a later one of the same study and area replaces the earlier.
+
+        Raises:
+            Misconfigured: naming every study that is unknown or ambiguous.
+        """
+        problems = []
+        count = 0
+        with self._write() as connection:
+            for row in truth:
+                try:
+                    _label(connection, row, resolve(connection, row.study))
+                    count += 1
+                except Misconfigured as exc:
+                    problems.append(str(exc))
+            if problems:
+                raise Misconfigured("No label was stored. " + " ".join(problems))
+        return count
+
+    def event(self, what: str, detail: Json, study_id: str | None = None) -> None:
+        """Log something; details hold no patient data."""
+        with self._write() as connection:
+            _log(connection, datetime.now(UTC), what, detail, study_id)
+
+    def _known_files(self) -> dict[bytes, tuple[int, str, str]]:
+        """Return the ledger of files that were left in the inbox, read once."""
+        with self._lock:
+            if self._ledger is None:
+                columns = (files.c.raw_name, files.c.size, files.c.mtime_ns, files.c.inode)
+                wanted = select(*columns).where(files.c.place == Place.INBOX)
+                with reading(self._engine) as connection:
+                    rows = connection.execute(wanted)
+                    self._ledger = {row[0]: (row[1], row[2], row[3]) for row in rows}
+            return self._ledger
+
+
+# ---- which study
+
+
+def _study_of(connection: Connection, claim: ClaimRecord, late_hours: float) -> str | None:
+    uid = _uid(claim)
+    if uid is not None:
+        same = and_(studies.c.kind == Kind.DICOM, studies.c.study_uid == uid)
+        return connection.execute(select(studies.c.id).where(same)).scalar()
+    of_claim = content_digest(map(_content, claim.files))
+    twin = select(studies.c.id).where(studies.c.digest == of_claim)
+    found = connection.execute(twin.order_by(studies.c.received_at).limit(1)).scalar()
+    if found is not None or claim.kind != Kind.FOLDER:
+        return found
+    return _earlier_folder(connection, claim, late_hours)
+
+
+def _earlier_folder(connection: Connection, claim: ClaimRecord, late_hours: float) -> str | None:
+    last = func.max(files.c.received_at)
+    same_path = (
+        select(studies.c.id, last)
+        .select_from(studies.join(files))
+        .where(studies.c.kind == Kind.FOLDER, studies.c.key == masked(claim.key))
+        .group_by(studies.c.id)
+        .order_by(last.desc())
+    )
+    contents = {file.sha256 for file in claim.files if file.sha256}
+    for study, arrived in connection.execute(same_path).all():
+        its_files = select(files.c.sha256).where(files.c.study_id == study)
+        if arrived >= claim.received_at - timedelta(hours=late_hours) or not contents.isdisjoint(
+            connection.execute(its_files).scalars()
+        ):
+            return str(study)
+    return None
+
+
+def _uid(claim: ClaimRecord) -> str | None:
+    """A DICOM claim is grouped by its UID; a header that fails later changes nothing."""
+    return (claim.key or claim.study_uid) if claim.kind == Kind.DICOM else None
+
+
+def _new_study(connection: Connection, claim: ClaimRecord) -> str:
+    uid = _uid(claim)
+    digest = content_digest(map(_content, claim.files))
+    key = masked(claim.key) if claim.kind == Kind.FOLDER else ""
+    name = key or masked(claim.files[0].name)
+    parts = (claim.kind, uid) if uid is not None else (claim.kind, name, digest)
+    whole = hashlib.sha256("\0".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
+    lengths = range(12, len(whole) + 1)  # longer only where 12 digits are another study's
+    taken = select(studies.c.id)
+    study = next(
+        whole[:length]
+        for length in lengths
+        if connection.execute(taken.where(studies.c.id == whole[:length])).scalar() is None
+    )
+    connection.execute(
+        insert(studies).values(
+            id=study,
+            kind=claim.kind,
+            key=key,
+            study_uid=uid or claim.study_uid,
+            accession=claim.accession,
+            digest=digest,
+            source=_shown_source(claim),
+            received_at=claim.received_at,
+            work=Work.QUEUED if claim.queue else Work.RUNNING,
+            request=1,
+            attempts=0,
+            rerun=False,
+            set_all=False,
+        )
+    )
+    connection.execute(
+        insert(readings).values(
+            study_id=study,
+            area="",
+            state=State.QUEUED,
+            reason_code="",
+            reason="",
+            evidence=[],
+            updated_at=claim.received_at,
+        )
+    )
+    return study
+
+
+def _shown_source(claim: ClaimRecord) -> str:
+    """The folder that all files share, else the first file; labels masked."""
+    if claim.kind == Kind.FOLDER and claim.key:
+        return masked(claim.key)
+    names = [file.name for file in claim.files]
+    shared = posixpath.commonpath(names) if len(names) > 1 else names[0]
+    return masked(shared or names[0])
+
+
+def _add_to(connection: Connection, study: str, claim: ClaimRecord) -> Recorded:
+    """Add a claim to a study; contents that it did not have queue it again."""
+    before = _study_row(connection, study)
+    _add_files(connection, study, claim)
+    columns = select(files.c.sha256, files.c.problem, files.c.size, files.c.mtime_ns)
+    present = columns.where(files.c.study_id == study, files.c.place != Place.REPLACED)
+    digest = content_digest(_token(*row) for row in connection.execute(present))
+    if digest == before["digest"]:
+        _log(connection, claim.received_at, "duplicate", _about(claim), study)
+        return Recorded(study, "duplicate", before["request"])
+    connection.execute(update(studies).where(studies.c.id == study).values(digest=digest))
+    _queue(connection, [study], "late", _about(claim))
+    return Recorded(study, "late", before["request"] + 1)
+
+
+def _about(claim: ClaimRecord) -> Json:
+    return {"claim": claim.id, "files": len(claim.files), "settled_by": claim.settled_by}
+
+
+def _add_files(connection: Connection, study: str, claim: ClaimRecord) -> None:
+    connection.execute(
+        insert(files),
+        [
+            {
+                "study_id": study,
+                "claim": claim.id,
+                "raw_name": os.fsencode(file.name),
+                "source": masked(file.name),
+                "sha256": file.sha256,
+                "size": file.size,
+                "mtime_ns": str(file.mtime_ns),
+                "inode": str(file.inode),
+                "place": claim.place,
+                "problem": file.problem,
+                "received_at": claim.received_at,
+            }
+            for file in claim.files
+        ],
+    )
+
+
+def _replace(
+    connection: Connection, claim: ClaimRecord, ledger: dict[bytes, tuple[int, str, str]]
+) -> None:
+    """Mark what lay under the claim's names before, where files stay in the inbox."""
+    names = [name for file in claim.files if (name := os.fsencode(file.name)) in ledger]
+    if names:
+        lay = and_(files.c.place == Place.INBOX, files.c.raw_name.in_(names))
+        connection.execute(update(files).where(lay).values(place=Place.REPLACED))
+
+
+def _fingerprint(file: ClaimedFile) -> tuple[int, str, str]:
+    return file.size, str(file.mtime_ns), str(file.inode)
+
+
+def _content(file: ClaimedFile) -> str:
+    return _token(file.sha256, file.problem, file.size, str(file.mtime_ns))
+
+
+def _token(sha256: str, problem: str, size: int, mtime_ns: str) -> str:
+    """What stands for a file's content in a digest; one that could not be read is like no other."""
+    return sha256 or f"{problem}:{size}:{mtime_ns}"
+
+
+# ---- rows of one study
+
+
+def _study_row(connection: Connection, study: str) -> Any:
+    wanted = select(studies).where(studies.c.id == study)
+    row = connection.execute(wanted).mappings().one_or_none()
+    if row is None:
+        raise Misconfigured(f"No study {study!r}: see `mura-batch query`.")
+    return row
+
+
+def _request(connection: Connection, study: str) -> int:
+    return int(_study_row(connection, study)["request"])
+
+
+def _queue(
+    connection: Connection,
+    ids: Sequence[str],
+    what: str,
+    detail: Json,
+    *,
+    rerun: bool = False,
+) -> None:
+    """Ask for another pass; a study that is running goes on and is queued at its end."""
+    values: dict[str, Any] = {"request": studies.c.request + 1, "attempts": 0}
+    values |= {"not_before": None, "last_error": None}
+    if rerun:
+        values["rerun"] = True
+    for some in chunks(ids):
+        wanted = studies.c.id.in_(some)
+        connection.execute(update(studies).where(wanted).values(**values))
+        idle = and_(wanted, studies.c.work == Work.SETTLED)
+        connection.execute(update(studies).where(idle).values(work=Work.QUEUED))
+        now = datetime.now(UTC)
+        logged = {"at": now, "what": what, "detail": detail}
+        connection.execute(insert(events), [logged | {"study_id": study} for study in some])
+
+
+def _settle(connection: Connection, study: str, *, fresh: bool) -> None:
+    values: dict[str, Any] = {"attempts": 0, "last_error": None, "not_before": None}
+    values |= {"work": Work.SETTLED, "rerun": False} if fresh else {"work": Work.QUEUED}
+    connection.execute(update(studies).where(studies.c.id == study).values(**values))
+
+
+def _show(
+    connection: Connection, outcome: StudyOutcome, reading: ReadingOutcome, result: int | None
+) -> None:
+    """Make the current row of a study and area."""
+    area = reading.area or ""
+    values = {
+        "state": reading.state,
+        "reason_code": reading.reason_code,
+        "reason": reading.reason,
+        "area_source": reading.area_source,
+        "evidence": reading.evidence,
+        "result_id": result,
+        "updated_at": outcome.at,
+    }
+    row = and_(readings.c.study_id == outcome.study_id, readings.c.area == area)
+    if not connection.execute(update(readings).where(row).values(**values)).rowcount:
+        connection.execute(insert(readings).values(study_id=outcome.study_id, area=area, **values))
+    detail = {"area": area, "result": result, "code": reading.reason_code}
+    _log(connection, outcome.at, reading.state, detail, outcome.study_id)
+
+
+def _note_problems(connection: Connection, outcome: StudyOutcome) -> None:
+    """Keep with each readable file why this pass could not score it, or that it could."""
+    of_study = and_(files.c.study_id == outcome.study_id, files.c.sha256 != "")
+    connection.execute(update(files).where(of_study, files.c.problem != "").values(problem=""))
+    for problem in outcome.problems:
+        if problem.sha256:
+            same = and_(of_study, files.c.sha256 == problem.sha256)
+            told = f"{problem.code}: {problem.message}"
+            connection.execute(update(files).where(same).values(problem=told))
+
+
+def _chosen(connection: Connection, which: Rerun, named: list[str]) -> list[str]:
+    tables = readings.join(studies).outerjoin(results, results.c.id == readings.c.result_id)
+    filters = which.filters
+    wanted = conditions(filters) if filters else []
+    if which.studies:
+        wanted.append(studies.c.id.in_(named))
+    either: list[ColumnElement[bool]] = []
+    if which.failed:
+        either += [and_(readings.c.state == State.FAILED, studies.c.work == Work.SETTLED)]
+    if which.stale is not None:
+        either.append(is_stale(which.stale))
+    if either:
+        wanted.append(or_(*either))
+    chosen = select(studies.c.id).select_from(tables).where(*wanted).group_by(studies.c.id)
+    ordered = chosen.order_by(studies.c.id).limit(filters.limit if filters else None)
+    return list(connection.execute(ordered).scalars())
+
+
+def _with_files(connection: Connection, ids: Sequence[str]) -> list[str]:
+    """Return those of the studies that still have a file."""
+    present: set[str] = set()
+    for some in chunks(ids):
+        kept = select(files.c.study_id).where(files.c.study_id.in_(some))
+        present.update(connection.execute(kept.where(files.c.place.not_in(_GONE))).scalars())
+    return [study for study in ids if study in present]
+
+
+def _set_area(connection: Connection, ids: Sequence[str], area: Area) -> None:
+    undecided = select(readings.c.study_id).where(readings.c.state == State.NEEDS_AREA)
+    waiting = studies.c.id.in_(undecided)
+    for some in chunks(ids):
+        for which, everywhere in ((waiting, False), (~waiting, True)):
+            values = {"set_area": area, "set_all": everywhere}
+            chosen = and_(studies.c.id.in_(some), which)
+            connection.execute(update(studies).where(chosen).values(**values))
+
+
+def _label(connection: Connection, row: LabelRow, study: str) -> None:
+    at = row.at or datetime.now(UTC)
+    area = row.area or ""
+    values = {"label": row.label, "by": row.by, "at": at}
+    same = and_(labels.c.study_id == study, labels.c.area == area)
+    if not connection.execute(update(labels).where(same).values(**values)).rowcount:
+        connection.execute(insert(labels).values(study_id=study, area=area, **values))
+    _log(connection, at, "label", {"area": area, "label": row.label, "by": row.by}, study)
+
+
+def _log(connection: Connection, at: datetime, what: str, detail: Json, study: str | None) -> None:
+    connection.execute(insert(events).values(at=at, study_id=study, what=what, detail=detail))

@@ -1,0 +1,426 @@
+"""Versioned weights: safetensors files, each with a card that says what it is.
+
+A folder of weights looks so, and every file in it is written whole:
+
+    files/<sha256>.safetensors      tensors, shared by all areas that use them
+    XR_WRIST/<sha256[:12]>.json     the card of these tensors for this area
+    XR_WRIST/active.json            which card is in use, and which were before it
+
+The digest of weights is the sha256 of their file. It is checked at every load. Nothing here
+imports torch before a network is loaded, so that listing weights is quick.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mura_batch.area import Area
+from mura_batch.atomic import write_atomic
+from mura_batch.errors import Misconfigured, NoWeights, WeightsRefused
+from mura_batch.weights_card import (
+    ARCHITECTURE,
+    Calibration,
+    Card,
+    Metric,
+    OperatingPoint,
+    Origin,
+    PointName,
+    Target,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mura_batch.network import EvidenceNet
+
+__all__ = [
+    "ARCHITECTURE",
+    "Calibration",
+    "Card",
+    "Metric",
+    "OperatingPoint",
+    "Origin",
+    "PointName",
+    "Target",
+    "WeightsStore",
+    "bundled_card",
+    "fitted",
+    "load_bundled",
+    "read_card",
+    "read_network",
+    "sha256_of",
+]
+
+BUNDLED = Path(__file__).parent / "bundled"
+_BUNDLED_FILE = BUNDLED / "generalist.safetensors"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAMED = 5  # wrong tensors that a message names; the rest is counted
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of ``file`` in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_card(file: Path) -> Card:
+    """Read a card.
+
+    Raises:
+        WeightsRefused: it is missing, cannot be read, or is not a card.
+    """
+    try:
+        return Card.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise WeightsRefused(f"{file}: the card cannot be read: {exc}") from exc
+    except WeightsRefused as exc:
+        raise WeightsRefused(f"{file}: {exc}") from exc
+
+
+def read_network(file: Path, card: Card) -> EvidenceNet:
+    """Return the float32 network of ``file`` in evaluation mode, on the CPU.
+
+    Raises:
+        WeightsRefused: the file is missing, is not the one that ``card`` describes (sha256), or
+            its tensors are not those of the network.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415 - listing weights stays quick
+    from safetensors.torch import load  # noqa: PLC0415 - imports torch
+
+    try:
+        content = file.read_bytes()
+    except OSError as exc:
+        raise WeightsRefused(
+            f"{card.area} {card.short}: the weights file cannot be read ({exc});"
+            f" get it again with `mura-batch models fetch {card.area}` or `models import`"
+        ) from exc
+    if hashlib.sha256(content).hexdigest() != card.sha256:
+        raise WeightsRefused(
+            f"{card.area} {card.short}: {file} has changed since its sha256 was recorded;"
+            " run `mura-batch models verify`, then fetch or import these weights again,"
+            f" or go back with `mura-batch models rollback {card.area}`"
+        )
+    try:
+        return fitted(load(content))
+    except SafetensorError as exc:
+        raise WeightsRefused(f"{file} is not a safetensors file: {exc}") from exc
+
+
+def fitted(state: Mapping[str, Tensor]) -> EvidenceNet:
+    """Return the network that holds ``state``, as float32 in evaluation mode.
+
+    ``state`` maps torchvision's key names to floating-point tensors of any precision. The batch
+    counters of batch normalisation may be left out: scoring does not use them.
+
+    Raises:
+        WeightsRefused: names what is missing, unexpected, of another shape or not a number.
+    """
+    import torch  # noqa: PLC0415 - listing weights stays quick
+
+    from mura_batch.network import EvidenceNet  # noqa: PLC0415 - imports torch
+
+    with torch.device("meta"):
+        network = EvidenceNet()
+    expected = network.state_dict()
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    _refuse("missing", expected.keys() - counters - state.keys())
+    _refuse("unexpected", state.keys() - expected.keys())
+    _refuse(
+        "of another shape",
+        {
+            f"{name} {tuple(tensor.shape)} instead of {shapes[name]}"
+            for name, tensor in state.items()
+            if tuple(tensor.shape) != shapes[name]
+        },
+    )
+    weights = {name: state[name] for name in expected.keys() - counters}
+    _refuse("no floats", {n for n, t in weights.items() if not t.is_floating_point()})
+    weights = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
+    _refuse("NaN or infinite", {n for n, t in weights.items() if not bool(t.isfinite().all())})
+    spread = {n: t for n, t in weights.items() if n.endswith("running_var")}
+    _refuse("negative variances", {n for n, t in spread.items() if bool((t < 0).any())})
+    unused = {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    network.load_state_dict({**weights, **unused}, assign=True)
+    return network.eval()
+
+
+def _refuse(what: str, names: Iterable[str]) -> None:
+    """Raise WeightsRefused where there are any ``names``, naming the first few."""
+    found = sorted(names)
+    if not found:
+        return
+    shown = ", ".join(name[:120] for name in found[:_NAMED])
+    rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    raise WeightsRefused(
+        f"not a DenseNet-121 with one logit: tensors {what}: {shown}{rest};"
+        " give a checkpoint of that network"
+    )
+
+
+def bundled_card(area: Area) -> Card:
+    """Return the card of the weights that come with the package.
+
+    Raises:
+        WeightsRefused: the installed package is damaged.
+    """
+    return read_card(BUNDLED / "cards" / f"{area}.json")
+
+
+def load_bundled(area: Area) -> tuple[EvidenceNet, Card]:
+    """Return network and card of the weights that come with the package; needs no home.
+
+    Raises:
+        WeightsRefused: the installed package is damaged.
+    """
+    card = bundled_card(area)
+    return read_network(_BUNDLED_FILE, card), card
+
+
+@dataclass(frozen=True, slots=True)
+class _Active:
+    """What ``active.json`` says: the digest in use, and those before it, oldest first."""
+
+    digest: str
+    history: tuple[str, ...] = ()
+
+
+class WeightsStore:
+    """The versioned weights of a site, in one folder that several processes may share.
+
+    Reading takes no lock, since every file is written whole; changes take one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def file(self, card: Card) -> Path:
+        """Return where the tensors of ``card`` lie; :meth:`load` checks what is in there."""
+        return self.directory / "files" / f"{card.sha256}.safetensors"
+
+    def cards(self, area: Area | None = None) -> list[Card]:
+        """Return the cards of ``area``, or of all areas, that can be read.
+
+        What cannot be read is named by :meth:`verify`.
+        """
+        found = []
+        for each in Area if area is None else (area,):
+            for file in self._card_files(each):
+                with suppress(WeightsRefused):
+                    found.append(read_card(file))
+        return found
+
+    def active(self, area: Area) -> Card | None:
+        """Return the card in use for ``area``, or None where there is none.
+
+        The tensors are not looked at: :meth:`load` does that.
+
+        Raises:
+            WeightsRefused: something is in use, but its card cannot be read.
+        """
+        state = self._active(area)
+        return None if state is None else read_card(self._card_file(area, state.digest))
+
+    def require(self, area: Area) -> Card:
+        """Return the card in use for ``area``.
+
+        Raises:
+            NoWeights: there is none; the message names the command that fixes it.
+            WeightsRefused: as for :meth:`active`.
+        """
+        card = self.active(area)
+        if card is None:
+            raise NoWeights(
+                f"{area} has no weights: run `mura-batch models fetch {area}` for the published"
+                " ones, or `mura-batch init` for the bundled ones"
+            )
+        return card
+
+    def find(self, area: Area, digest_prefix: str) -> Card:
+        """Return the card of ``area`` whose digest begins with ``digest_prefix``.
+
+        Raises:
+            Misconfigured: none does, or several do; the message lists the digests there are.
+        """
+        cards = self.cards(area)
+        found = [card for card in cards if card.sha256.startswith(digest_prefix.lower())]
+        if len(found) == 1 and digest_prefix:
+            return found[0]
+        stored = ", ".join(card.short for card in cards) or "nothing"
+        raise Misconfigured(
+            f"{area}: {'no weights have' if not found else 'several weights have'} a digest that"
+            f" begins with {digest_prefix[:64]!r}; stored: {stored}"
+        )
+
+    def add(self, file: Path, card: Card) -> Card:
+        """Store a copy of the safetensors ``file`` with its card; nothing becomes active.
+
+        Adding what is already there repairs a damaged copy and keeps the first card.
+
+        Raises:
+            WeightsRefused: the file is not what the card says or does not fit the network, or
+                the same tensors are stored with a card that decides differently.
+        """
+        read_network(file, card)
+        with self._changing():
+            return self._add(file, card)
+
+    def activate(self, area: Area, digest_prefix: str) -> Card:
+        """Use the stored weights whose digest begins so from now on; return their card.
+
+        Raises:
+            Misconfigured: as for :meth:`find`.
+        """
+        with self._changing():
+            card = self.find(area, digest_prefix)
+            self._activate(card)
+            return card
+
+    def rollback(self, area: Area) -> Card:
+        """Use the weights again that were active before; return their card.
+
+        Raises:
+            Misconfigured: none were.
+            WeightsRefused: their card cannot be read.
+        """
+        with self._changing():
+            state = self._active(area)
+            if state is None or not state.history:
+                raise Misconfigured(f"{area}: no weights were active before: nothing to go back to")
+            card = read_card(self._card_file(area, state.history[-1]))
+            self._write_active(area, _Active(card.sha256, state.history[:-1]))
+            return card
+
+    def install_bundled(self) -> list[Area]:
+        """Give the bundled weights to every area that has none active; return these areas.
+
+        A bundled file that is stored and damaged is written again.
+
+        Raises:
+            WeightsRefused: the installed package, or an area's ``active.json``, is damaged.
+        """
+        with self._changing():
+            bundled = {area: bundled_card(area) for area in Area}
+            active = {area: self._active(area) for area in Area}
+            fresh = [area for area, state in active.items() if state is None]
+            used = [
+                area
+                for area, state in active.items()
+                if state is None or state.digest == bundled[area].sha256
+            ]
+            for area in used:
+                self._add(_BUNDLED_FILE, bundled[area])
+            for area in fresh:
+                self._activate(bundled[area])
+            return fresh
+
+    def load(self, card: Card) -> EvidenceNet:
+        """Return the float32 network of ``card`` in evaluation mode, on the CPU.
+
+        Raises:
+            WeightsRefused: the file is missing, changed or does not fit the network.
+        """
+        return read_network(self.file(card), card)
+
+    def verify(self) -> list[str]:
+        """Return what is wrong in the folder, a sentence each; an empty list is a clean bill."""
+        problems: list[str] = []
+        digests: dict[Path, str | None] = {}
+        for area in Area:
+            for file in self._card_files(area):
+                try:
+                    card = read_card(file)
+                except WeightsRefused as exc:
+                    problems.append(str(exc))
+                    continue
+                if file != self._card_file(area, card.sha256) or card.area != area:
+                    problems.append(f"{file}: is the card of {card.area} {card.short}")
+                target = self.file(card)
+                if target not in digests:
+                    digests[target] = sha256_of(target) if target.is_file() else None
+                if digests[target] != card.sha256:
+                    state = "missing" if digests[target] is None else "damaged"
+                    problems.append(f"{area} {card.short}: {target} is {state}: get it again")
+            problems += self._active_problems(area)
+        return problems
+
+    def _active_problems(self, area: Area) -> list[str]:
+        try:
+            self.active(area)
+        except WeightsRefused as exc:
+            return [f"{area}: what is active cannot be used: {exc}"]
+        return []
+
+    def _card_files(self, area: Area) -> list[Path]:
+        files = sorted((self.directory / area).glob("[!.]*.json"))
+        return [file for file in files if file.name != "active.json"]
+
+    def _card_file(self, area: Area, digest: str) -> Path:
+        return self.directory / area / f"{digest[:12]}.json"
+
+    def _add(self, file: Path, card: Card) -> Card:
+        target = self.file(card)
+        if not target.is_file() or sha256_of(target) != card.sha256:
+            with file.open("rb") as content:
+                write_atomic(target, partial(shutil.copyfileobj, content))
+        place = self._card_file(card.area, card.sha256)
+        if place.is_file():
+            stored = read_card(place)
+            if stored.scores_like(card):
+                return stored
+            raise WeightsRefused(
+                f"{card.area} {card.short}: these tensors are stored already, with another"
+                " threshold, calibration or preprocessing; results name weights by their digest,"
+                " so set `threshold` in config.toml instead of storing them twice"
+            )
+        write_atomic(place, lambda stream: stream.write(card.to_json().encode()))
+        return card
+
+    def _activate(self, card: Card) -> None:
+        state = self._active(card.area)
+        if state is None:
+            self._write_active(card.area, _Active(card.sha256))
+        elif state.digest != card.sha256:
+            self._write_active(card.area, _Active(card.sha256, (*state.history, state.digest)))
+
+    def _active(self, area: Area) -> _Active | None:
+        file = self.directory / area / "active.json"
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            digest, history = data["digest"], tuple(data["history"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
+            raise _broken(file) from exc
+        if not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in (digest, *history)):
+            raise _broken(file)
+        return _Active(digest, history)
+
+    def _write_active(self, area: Area, state: _Active) -> None:
+        content = json.dumps({"digest": state.digest, "history": state.history}, indent=2) + "\n"
+        file = self.directory / area / "active.json"
+        write_atomic(file, lambda stream: stream.write(content.encode()))
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock of the folder: one process changes it at a time."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / ".lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _broken(file: Path) -> WeightsRefused:
+    return WeightsRefused(
+        f"{file} cannot be read: delete it and run `mura-batch models activate` for that area"
+    )

@@ -1,0 +1,160 @@
+"""Batches cross studies, a lone view does not wait, and one bad view fails alone."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from mura_batch.area import Area
+from mura_batch.errors import Transient, WeightsRefused
+from mura_batch.runtime import Inference, Runtime, load
+from mura_batch.scoring import Scorer
+from mura_batch.weights import load_bundled
+from mura_batch.weights_card import Card
+
+
+class Watched:
+    """A real runtime that remembers batch sizes and refuses what it is told to."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.name, self.device, self.nbytes = runtime.name, runtime.device, runtime.nbytes
+        self.batches: list[int] = []
+        self.poison = -1
+        self.most = 1000
+
+    def infer(self, pixels: np.ndarray) -> Inference:
+        self.batches.append(len(pixels))
+        if len(pixels) > self.most:
+            raise MemoryError
+        if (pixels[:, 0, 0] == self.poison).any():
+            raise RuntimeError("bad batch")
+        return self.runtime.infer(pixels)
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Runtime, Card]:
+    network, card = load_bundled(Area.XR_HAND)
+    return load(network, card.preprocessing, runtime="torch", device="cpu"), card
+
+
+@pytest.fixture
+def watched(real: tuple[Runtime, Card]) -> Watched:
+    return Watched(real[0])
+
+
+@pytest.fixture
+def card(real: tuple[Runtime, Card]) -> Card:
+    return real[1]
+
+
+def views(card: Card, count: int) -> np.ndarray:
+    size = card.preprocessing.size
+    return np.random.default_rng(5).integers(1, 256, (count, size, size)).astype(np.uint8)
+
+
+def test_forty_waiting_views_share_their_forward_passes(watched: Watched, card: Card) -> None:
+    pixels = views(card, 40)
+    with Scorer(lambda _: watched, batch=16, batch_seconds=60) as scorer:
+        with scorer.feeding():
+            scores = []
+            for view in pixels:
+                scorer.announce(card)
+                scores.append(scorer.submit(card, view))
+        results = [score.result(60) for score in scores]
+    assert scorer.forward_calls <= 4
+    alone = watched.runtime.infer(pixels[7:8])
+    assert results[7].logit == pytest.approx(float(alone.logits[0]), abs=1e-4)
+    assert len({round(result.logit, 6) for result in results}) > 1
+
+
+def test_a_lone_view_does_not_wait_for_company(watched: Watched, card: Card) -> None:
+    with Scorer(lambda _: watched, batch=16, batch_seconds=3600) as scorer:
+        scorer.announce(card)
+        scorer.submit(card, views(card, 1)[0]).result(30)
+    assert watched.batches == [1]
+
+
+def test_a_view_waits_for_announced_company_no_longer_than_the_bound(
+    watched: Watched, card: Card
+) -> None:
+    with Scorer(lambda _: watched, batch=16, batch_seconds=0.3) as scorer:
+        scorer.announce(card)
+        scorer.announce(card)  # this one never comes
+        started = time.monotonic()
+        scorer.submit(card, views(card, 1)[0]).result(30)
+        assert time.monotonic() - started >= 0.3
+
+
+def test_a_withdrawn_view_holds_nobody_up(watched: Watched, card: Card) -> None:
+    with Scorer(lambda _: watched, batch=16, batch_seconds=3600) as scorer:
+        scorer.announce(card)
+        scorer.announce(card)
+        score = scorer.submit(card, views(card, 1)[0])
+        scorer.withdraw(card)
+        score.result(30)
+
+
+def test_one_bad_view_fails_alone(watched: Watched, card: Card) -> None:
+    pixels = views(card, 8)
+    pixels[5, 0, 0] = 0
+    watched.poison = 0
+    with Scorer(lambda _: watched, batch=8, batch_seconds=3600) as scorer:
+        for _ in pixels:
+            scorer.announce(card)
+        scores = [scorer.submit(card, view) for view in pixels]
+        for index, score in enumerate(scores):
+            if index == 5:
+                with pytest.raises(Transient):
+                    score.result(60)
+            else:
+                assert np.isfinite(score.result(60).logit)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_split(watched: Watched, card: Card) -> None:
+    watched.most = 2
+    with Scorer(lambda _: watched, batch=8, batch_seconds=3600) as scorer:
+        for _ in range(8):
+            scorer.announce(card)
+        scores = [scorer.submit(card, view) for view in views(card, 8)]
+        assert all(np.isfinite(score.result(60).logit) for score in scores)
+    assert max(size for size in watched.batches if size <= 2) == 2
+
+
+def test_refused_weights_reach_every_view(card: Card) -> None:
+    def refuse(_: Card) -> Runtime:
+        raise WeightsRefused("changed on disk")
+
+    with Scorer(refuse, batch=4, batch_seconds=3600) as scorer:
+        scorer.announce(card)
+        with pytest.raises(WeightsRefused):
+            scorer.submit(card, views(card, 1)[0]).result(30)
+
+
+def test_the_least_recently_used_network_goes_first(watched: Watched, card: Card) -> None:
+    from dataclasses import replace  # noqa: PLC0415 - one use
+
+    loaded: list[str] = []
+
+    def make(which: Card) -> Watched:
+        loaded.append(which.sha256[0])
+        return watched
+
+    cards = {name: replace(card, sha256=name * 64) for name in "abc"}
+    with Scorer(make, cache_bytes=2 * watched.nbytes) as scorer:
+        for name in "abacab":
+            scorer.announce(cards[name])
+            scorer.submit(cards[name], views(card, 1)[0]).result(30)
+    assert loaded == ["a", "b", "c", "b"]
+
+
+def test_leaving_scores_what_waits(watched: Watched, card: Card) -> None:
+    with Scorer(lambda _: watched, batch=16, batch_seconds=3600) as scorer:
+        scorer.announce(card)
+        scorer.announce(card)
+        score = scorer.submit(card, views(card, 1)[0])
+    assert np.isfinite(score.result(0).logit)
+
+

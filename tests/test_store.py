@@ -1,0 +1,807 @@
+"""The ledger on both databases: identity, revisions, replay, the queue, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from ledger import (
+    NOON,
+    archived,
+    claim,
+    dicom,
+    done,
+    finish,
+    folder,
+    loose,
+    new_result,
+    outcome,
+    record,
+    sha,
+    take,
+    waiting,
+)
+from postgres_server import database as postgres_database
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.exc import DatabaseError
+
+from mura_batch import database
+from mura_batch.area import Area
+from mura_batch.engine import writing
+from mura_batch.errors import Misconfigured
+from mura_batch.records import (
+    ClaimedFile,
+    FileProblem,
+    Filters,
+    LabelRow,
+    Place,
+    Rerun,
+    State,
+    ViewOutcome,
+    Work,
+)
+from mura_batch.results import Results
+from mura_batch.schema import events, files, results, studies, views
+from mura_batch.store import Store
+from mura_batch.study import Kind, content_digest
+
+_names = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def sqlite_template(tmp_path_factory):
+    file = tmp_path_factory.mktemp("template") / "results.db"
+    database.upgrade(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="module")
+def postgres_template():
+    url = postgres_database("template_store")
+    database.upgrade(url)
+    return "template_store"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "results.db")
+        return f"sqlite:///{tmp_path / 'results.db'}"
+    template = request.getfixturevalue("postgres_template")
+    return postgres_database(f"store{next(_names)}", template)
+
+
+@pytest.fixture
+def store(url):
+    with Store.open(url) as opened:
+        yield opened
+
+
+def rows(store, **filters):
+    return list(store.query(Filters(**filters)))
+
+
+# ---- which study a claim belongs to
+
+
+def test_a_claim_is_recorded_once_however_often_it_comes(store):
+    made = folder("p1/hand", "a", "b")
+    first = record(store, made)
+    again = record(store, made)
+    assert first.outcome == "new"
+    assert (again.study_id, again.outcome) == (first.study_id, "replayed")
+    assert len(store.study(first.study_id).files) == 2
+    assert len(first.study_id) == 12
+
+
+def test_the_same_contents_are_no_new_work_under_any_path(store):
+    first = record(store, folder("p1/hand", "a", "b"))
+    finish(store)
+    again = record(store, folder("elsewhere", "b", "a", hours=900))
+    assert (again.study_id, again.outcome) == (first.study_id, "duplicate")
+    assert store.study(first.study_id).work is Work.SETTLED
+    assert {f.place for f in store.study(first.study_id).files} == {Place.WORK}
+
+
+@pytest.mark.parametrize(
+    ("key", "contents", "hours", "outcome"),
+    [
+        ("p1/study1_negative", ("b",), 23, "late"),  # the label is no part of the path
+        ("p1/study1_positive", ("b",), 25, "new"),  # too late, and nothing in common
+        ("p1/study1_positive", ("a", "b"), 25, "late"),  # a content in common
+        ("p2/study1_positive", ("a", "b"), 1, "new"),  # another folder
+    ],
+)
+def test_a_folder_that_comes_back_adds_to_its_study(store, key, contents, hours, outcome):
+    first = record(store, folder("p1/study1_positive", "a"))
+    finish(store)
+    second = record(store, folder(key, *contents, hours=hours))
+    assert second.outcome == outcome
+    assert (second.study_id == first.study_id) == (outcome == "late")
+    study = store.study(second.study_id)
+    assert study.work is Work.QUEUED
+    assert study.digest == content_digest({f.sha256 for f in study.files})
+
+
+def test_late_hours_count_from_the_last_arrival(store):
+    first = record(store, folder("p1/hand", "a"))
+    record(store, folder("p1/hand", "b", hours=20))
+    third = record(store, folder("p1/hand", "c", hours=40))
+    assert (third.study_id, third.outcome) == (first.study_id, "late")
+
+
+def test_loose_files_of_one_name_are_studies_of_their_own(store):
+    first = record(store, loose("hand.png", "a"))
+    second = record(store, loose("hand.png", "b", hours=1))
+    assert second.outcome == "new"
+    assert second.study_id != first.study_id
+
+
+def test_dicom_belongs_to_its_study_uid_at_any_time(store):
+    first = record(store, dicom("1.2.3", "a"))
+    assert record(store, dicom("1.2.4", "b")).outcome == "new"
+    late = record(store, dicom("1.2.3", "c", hours=9_000))
+    same = record(store, dicom("1.2.3", "a", hours=9_001))
+    assert (late.study_id, late.outcome) == (first.study_id, "late")
+    assert (same.study_id, same.outcome) == (first.study_id, "duplicate")
+    row = rows(store, study=first.study_id)[0]
+    assert (row.study_uid, row.accession, row.source) == ("1.2.3", "A1", "dump/a.dcm")
+
+
+def test_two_files_that_could_not_be_read_are_two_studies(store):
+    def unreadable(name, mtime):
+        file = ClaimedFile(name, "", 0, mtime, 1, problem="unreadable")
+        return record(store, claim(Kind.FILE, name, (file,)))
+
+    assert unreadable("a.png", 1).study_id != unreadable("b.png", 2).study_id
+
+
+def test_a_label_in_a_path_is_never_shown(store):
+    record(store, folder("XR_HAND/p1/study1_positive", "a"))
+    finish(store, waiting(State.NEEDS_AREA))
+    (row,) = rows(store)
+    (image,) = store.images()
+    assert row.source == "XR_HAND/p1/study1_*"
+    assert "positive" not in str(row.to_dict()) + str(image.to_dict())
+    assert store.study(row.study).files[0].name == "XR_HAND/p1/study1_positive/a.png"
+
+
+def test_hostile_names_times_and_texts_are_kept(store):
+    raw = os.fsdecode(b"hand/\xff\xfe\n'\"; DROP TABLE studies;--.png")
+    file = ClaimedFile(raw, sha("a"), 2**62, 2**64, 2**64 - 1)
+    made = claim(Kind.FOLDER, os.fsdecode(b"hand\xff"), (file,), accession="A\0\udcff")
+    study = store.study(record(store, made).study_id)
+    assert study.files[0].name == raw
+    assert study.files[0].size == 2**62
+    assert study.accession == "A\\x00\\udcff"
+
+
+# ---- revisions
+
+
+def test_the_same_key_is_the_same_row(store):
+    record(store, folder("hand", "a"))
+    study = take(store)
+    for _ in range(3):  # a commit that is replayed
+        store.commit(outcome(study, done()))
+    (row,) = rows(store, history=True)
+    assert (row.revision, row.state) == (1, "done")
+    found = store.result_for(study.digest, Area.XR_HAND, "aa" * 32)
+    assert found is not None
+    assert found.run == 1
+    store.commit(outcome(study, done(result=found.id)))
+    assert len(rows(store, history=True)) == 1
+
+
+def test_rerun_alone_makes_a_new_row_of_a_key(store):
+    record(store, folder("hand", "a"))
+    study = finish(store)
+    assert store.rerun(Rerun(studies=(study.id[:5],))) == [study.id]
+    finish(store)
+    new, old = rows(store, history=True)
+    assert [new.revision, old.revision] == [2, 1]
+    assert new.digest == old.digest
+    assert new.weights == old.weights
+    found = store.result_for(study.digest, Area.XR_HAND, "aa" * 32)
+    assert found is not None
+    assert (found.run, found.revision) == (2, 2)
+    assert store.study(study.id).rerun is False
+
+
+def supersession(store):
+    """(area, revision) of each result → of the one it supersedes."""
+    older = results.alias()
+    joined = results.outerjoin(older, older.c.id == results.c.supersedes)
+    columns = (results.c.area, results.c.revision, older.c.area, older.c.revision)
+    with store._engine.connect() as connection:
+        found = connection.execute(select(*columns).select_from(joined)).all()
+    return {(row[0], row[1]): (row[2], row[3]) if row[2] else None for row in found}
+
+
+def test_late_image_new_weights_and_other_area_make_the_next_revision(store):
+    record(store, folder("hand", "a"))
+    study = finish(store)
+    record(store, folder("hand", "b", hours=1))
+    late = finish(store)
+    assert late.digest != study.digest
+    store.rerun(Rerun(stale={Area.XR_HAND: "bb" * 32}))
+    finish(store, done(result=new_result("bb")))
+    store.rerun(Rerun(studies=(study.id,)), Area.XR_WRIST)
+    finish(store, done(Area.XR_WRIST, new_result("bb")))
+    assert supersession(store) == {
+        ("XR_HAND", 1): None,
+        ("XR_HAND", 2): ("XR_HAND", 1),
+        ("XR_HAND", 3): ("XR_HAND", 2),
+        ("XR_WRIST", 4): ("XR_HAND", 3),
+    }
+    (row,) = rows(store)
+    assert (row.area, row.revision) == ("XR_WRIST", 4)
+    assert [r.revision for r in rows(store, history=True)] == [3, 2, 1, 4]
+
+
+def test_an_area_that_comes_back_supersedes_the_one_that_replaced_it(store):
+    record(store, folder("hand", "a"))
+    study = finish(store)
+    for area in (Area.XR_WRIST, Area.XR_HAND):
+        store.rerun(Rerun(studies=(study.id,)), area)
+        finish(store, done(area))
+    assert supersession(store)["XR_HAND", 3] == ("XR_WRIST", 2)
+
+
+def test_a_study_of_two_areas_has_a_row_for_each(store):
+    record(store, dicom("1.2.3", "a", "b"))
+    finish(store, done(Area.XR_HAND), done(Area.XR_WRIST))
+    assert [(r.area, r.revision) for r in rows(store)] == [("XR_HAND", 1), ("XR_WRIST", 1)]
+    assert rows(store, area=Area.XR_WRIST)[0].study == rows(store, area=Area.XR_HAND)[0].study
+
+
+def test_a_study_that_got_another_ones_old_contents_shares_its_row(store):
+    first = record(store, folder("hand", "a"))
+    finish(store)
+    record(store, folder("hand", "b", hours=1))
+    finish(store)
+    second = record(store, folder("other", "a", hours=2))
+    assert second.outcome == "new"
+    finish(store)
+    assert len(supersession(store)) == 2
+    record(store, folder("other", "c", hours=3))
+    finish(store)
+    assert rows(store, study=second.study_id)[0].revision == 2
+    assert rows(store, study=first.study_id)[0].revision == 2
+
+
+@pytest.mark.parametrize("table", [results, views, events])
+def test_history_cannot_be_changed(store, table):
+    record(store, folder("hand", "a"))
+    finish(store)
+    for statement in (update(table).values(id=99), delete(table)):
+        with pytest.raises(DatabaseError, match="append-only"), writing(store._engine) as writer:
+            writer.execute(statement)
+
+
+# ---- the queue, and what a kill leaves
+
+
+def test_what_was_running_is_queued_again_after_a_kill(store):
+    record(store, folder("hand", "a"))
+    study = take(store)
+    assert store.take(5, NOON + timedelta(days=1)) == []
+    assert store.due(NOON) == 1
+    assert store.recover() == 1
+    assert take(store) == study
+
+
+def test_new_studies_are_taken_before_reruns_and_older_before_newer(store):
+    old = record(store, folder("a", "a")).study_id
+    finish(store)
+    store.rerun(Rerun(studies=(old,)))
+    second = record(store, folder("b", "b", hours=3)).study_id
+    first = record(store, folder("c", "c", hours=2)).study_id
+    assert [s.id for s in store.take(9, NOON + timedelta(days=1))] == [first, second, old]
+
+
+def test_a_late_image_during_the_pass_keeps_the_result_and_queues_again(store):
+    record(store, folder("hand", "a"))
+    study = take(store)
+    late = record(store, folder("hand", "b", hours=1))
+    assert (late.study_id, late.outcome) == (study.id, "late")
+    assert store.take(5, NOON + timedelta(days=1)) == []  # it is being worked on
+    store.commit(outcome(study, done()))
+    again = take(store)
+    assert len(again.files) == 2
+    store.commit(outcome(again, done()))
+    assert store.due(NOON + timedelta(days=1)) == 0
+    assert [r.revision for r in rows(store, history=True)] == [2, 1]
+
+
+def test_a_rerun_during_the_pass_is_not_lost(store):
+    record(store, folder("hand", "a"))
+    study = take(store)
+    store.rerun(Rerun(studies=(study.id,)))
+    store.commit(outcome(study, done()))
+    again = take(store)
+    assert again.rerun
+    store.commit(outcome(again, done()))
+    assert [r.revision for r in rows(store, history=True)] == [2, 1]
+
+
+def test_a_failing_study_waits_is_given_up_and_can_be_rerun(store):
+    record(store, folder("hand", "a"))
+    study = take(store)
+    later = NOON + timedelta(minutes=5)
+    assert store.defer(study.id, "disk full", later) == 1
+    assert store.take(1, NOON) == []
+    assert rows(store, state=State.QUEUED)[0].reason == "disk full"
+    (again,) = store.take(1, later)
+    assert again.attempts == 1
+    store.fail(again.id, again.request, "attempts_exhausted", "disk full", NOON)
+    (row,) = rows(store, state=State.FAILED, reason="attempts_exhausted")
+    assert row.reason == "attempts_exhausted: disk full"
+    assert store.rerun(Rerun(failed=True)) == [study.id]
+    assert finish(store).attempts == 0
+
+
+def test_studies_that_wait_for_weights_are_queued_when_they_come(store):
+    for name in "ab":
+        record(store, folder(name, name))
+    finish(store, waiting(State.NO_WEIGHTS, Area.XR_HAND))
+    finish(store, waiting(State.NO_WEIGHTS, Area.XR_WRIST))
+    assert store.unsettled_custody() == []
+    assert store.requeue_no_weights([Area.XR_HAND, Area.XR_ELBOW]) == 1
+    assert take(store).key == "a"
+
+
+def test_settled_studies_whose_files_were_not_moved_are_found(store):
+    for name in "abc":
+        record(store, folder(name, name))
+    moved = finish(store)
+    archived(store, moved)
+    left = finish(store)
+    finish(store, waiting(State.NEEDS_AREA))
+    assert [study.id for study in store.unsettled_custody()] == [left.id]
+
+
+def test_files_move_whole_or_by_name_and_bad_ones_stay_in_quarantine(store):
+    record(store, folder("hand", "good", "bad"))
+    problem = FileProblem(sha("bad"), "truncated", "the file ends early")
+    study = finish(store, problems=(problem,))
+    (only,) = {file.claim for file in study.files}
+    store.moved(study.id, only, Place.QUARANTINE, ["hand/bad.png"])
+    store.moved(study.id, only, Place.ARCHIVE)
+    places = {f.name: (f.place, f.problem) for f in store.study(study.id).files}
+    assert places == {
+        "hand/good.png": (Place.ARCHIVE, ""),
+        "hand/bad.png": (Place.QUARANTINE, "truncated: the file ends early"),
+    }
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_database(store, url):
+    """Real processes write and are killed with SIGKILL; what they said was done, is done."""
+    script = Path(__file__).with_name("store_writer.py")
+    done_before = 0
+    for turn in range(2):
+        writer = subprocess.Popen(
+            [sys.executable, script, url, str(turn)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        for _ in range(4 + 3 * turn):
+            assert writer.stdout.readline()
+        time.sleep(0.01 * turn)
+        writer.send_signal(signal.SIGKILL)
+        said = writer.stdout.read().count("\n") + 4 + 3 * turn
+        writer.stdout.close()
+        writer.wait()
+        assert database.check(url) == []
+        store.recover()
+        made = len(rows(store, state=State.DONE))
+        assert said <= made - done_before <= said + 1
+        done_before = made
+        while store.take(1, NOON + timedelta(days=99)):
+            pass
+    with store._engine.connect() as connection:
+        lone = (
+            select(func.count()).select_from(results.outerjoin(views)).where(views.c.id.is_(None))
+        )
+        assert connection.execute(lone).scalar() == 0
+
+
+def test_many_threads_and_processes_write_one_after_the_other(store, url):
+    def work(name):
+        with Store.open(url) as other:
+            for number in range(5):
+                record(other, folder(f"{name}{number}", f"{name}{number}"))
+                record(store, folder(f"{name}{number}", f"{name}{number}"))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.counts(NOON).queued == 15
+    assert sum(len(s.files) for s in store.take(99, NOON)) == 30
+
+
+# ---- a person's area
+
+
+def test_a_persons_area_is_for_the_undecided_views_first_then_for_all(store):
+    record(store, dicom("1.2.3", "a", "b"))
+    study = finish(store, done(Area.XR_HAND), waiting(State.NEEDS_AREA, None, "conflict"))
+    store.rerun(Rerun(filters=Filters(state=State.NEEDS_AREA)), Area.XR_WRIST)
+    asked = store.study(study.id)
+    assert (asked.set_area, asked.set_all) == (Area.XR_WRIST, False)
+    finish(store, done(Area.XR_HAND), done(Area.XR_WRIST))
+    record(store, dicom("1.2.3", "c"))
+    assert (late := take(store)).set_area is Area.XR_WRIST
+    assert not late.set_all
+    store.rerun(Rerun(studies=(study.id,)), Area.XR_ELBOW)
+    asked = store.study(study.id)
+    assert (asked.set_area, asked.set_all) == (Area.XR_ELBOW, True)
+
+
+# ---- archive = "leave"
+
+
+def test_files_left_in_the_inbox_are_known_until_they_change(store, url):
+    record(store, folder("hand", "a", place=Place.INBOX))
+    assert store.seen("hand/a.png", 10, 1_000, 7)
+    assert not store.seen("hand/a.png", 10, 1_001, 7)
+    assert not store.seen("hand/b.png", 10, 1_000, 7)
+    with Store.open(url) as later:
+        assert later.seen("hand/a.png", 10, 1_000, 7)
+
+
+def test_content_that_was_replaced_in_the_inbox_is_no_part_of_the_study_any_more(store):
+    first = record(store, folder("hand", "a", "b", place=Place.INBOX))
+    file = ClaimedFile("hand/a.png", sha("new"), 11, 2_000, 7)
+    changed = claim(Kind.FOLDER, "hand", (file,), hours=1, place=Place.INBOX)
+    assert record(store, changed).outcome == "late"
+    study = store.study(first.study_id)
+    assert {f.sha256 for f in study.files} == {sha("b"), sha("new")}
+    assert study.digest == content_digest([sha("b"), sha("new")])
+    assert store.seen("hand/a.png", 11, 2_000, 7)
+    assert not store.seen("hand/a.png", 10, 1_000, 7)
+
+
+# ---- rerun, ids, labels
+
+
+def test_rerun_needs_to_be_told_what(store):
+    for nothing in (Rerun(), Rerun(filters=Filters())):
+        with pytest.raises(Misconfigured, match="Say which studies"):
+            store.rerun(nothing)
+
+
+def test_rerun_of_deleted_files_is_refused_by_name_and_passed_over_by_filter(store):
+    for name in "ab":
+        record(store, folder(name, name))
+    gone = finish(store)
+    kept = finish(store)
+    store.moved(gone.id, gone.files[0].claim, Place.DELETED)
+    with pytest.raises(Misconfigured, match="deleted"):
+        store.rerun(Rerun(studies=(gone.id,)))
+    assert store.rerun(Rerun(filters=Filters(state=State.DONE))) == [kept.id]
+
+
+def test_stale_are_results_of_other_weights_than_the_active_ones(store):
+    for name, weights in (("a", "aa"), ("b", "bb")):
+        record(store, folder(name, name))
+        finish(store, done(result=new_result(weights)))
+    active = {Area.XR_HAND: "bb" * 32}
+    assert store.stale(active) == 1
+    assert store.stale({Area.XR_WRIST: "cc"}) == 0
+    (stale,) = store.rerun(Rerun(stale=active))
+    assert store.study(stale).key == "a"
+
+
+def test_many_studies_are_rerun_at_once(store):
+    with writing(store._engine) as writer:
+        base = dict(writer.execute(select(studies)).mappings().first() or {})
+        assert not base
+    for number in range(3):
+        record(store, folder(f"f{number}", str(number)))
+        finish(store)
+    import mura_batch.results as module
+
+    whole, module._BOUND = module._BOUND, 2
+    try:
+        assert len(store.rerun(Rerun(filters=Filters(state=State.DONE)))) == 3
+    finally:
+        module._BOUND = whole
+    assert store.counts(NOON).queued == 3
+
+
+def test_ids_are_taken_by_their_unique_beginning(store):
+    ids = sorted(record(store, folder(f"f{n}", str(n))).study_id for n in range(20))
+    assert store.resolve(ids[0]) == ids[0]
+    assert store.resolve(ids[0][:11]) == ids[0]
+    common = next(a[:1] for a, b in itertools.pairwise(ids) if a[0] == b[0])
+    with pytest.raises(Misconfigured, match="several"):
+        store.resolve(common)
+    for unknown in ("ffffffffffff0", "%", "", "x"):
+        with pytest.raises(Misconfigured):
+            store.resolve(unknown)
+
+
+def test_labels_are_stored_all_or_none_and_the_last_word_counts(store):
+    study = record(store, folder("hand", "a")).study_id
+    with pytest.raises(Misconfigured, match="nothere"):
+        store.set_labels([LabelRow(study, "positive"), LabelRow("nothere", "negative")])
+    assert list(store.labels()) == []
+    store.set_labels([LabelRow(study[:6], "positive"), LabelRow(study, "negative", Area.XR_HAND)])
+    store.set_labels([LabelRow(study, "negative", at=NOON)])
+    assert list(store.labels()) == [
+        LabelRow(study, "negative", None, "person", NOON),
+        next(row for row in store.labels() if row.area is Area.XR_HAND),
+    ]
+    assert [e.what for e in store.events(study)].count("label") == 3
+
+
+# ---- reading
+
+
+FIELDS = (
+    "study digest revision state area area_source logit probability calibrated decision threshold"
+    " operating_point target views views_failed weights study_uid accession source received_at"
+    " scored_at reason notice"
+).split()
+
+
+def test_a_row_has_the_promised_fields_in_their_order(store):
+    record(store, folder("hand", "a"))
+    finish(store)
+    row = rows(store)[0].to_dict()
+    assert list(row) == FIELDS
+    assert row["received_at"] == "2026-11-20T12:00:00+00:00"
+    assert row["notice"] == "research use only, not a medical device"
+    assert row["area_source"] == "folder"
+    (image,) = store.images()
+    added = ["image", "overlay", "error"]
+    assert list(image.to_dict()) == FIELDS + added
+
+
+@pytest.fixture
+def filled(store):
+    """a: hand, 0.9, weights aa; b: wrist, 0.2, weights bb, a bad view; c: quarantined; d: queued."""
+    for hours, name in enumerate("abcd"):
+        record(store, folder(name, name, f"{name}2", hours=hours))
+    finish(store, done(result=new_result(probability=0.9)))
+    seen = (
+        ViewOutcome(sha("b"), 0, "b/b.png", logit=-1.4, probability=0.2, overlay="o/1.png"),
+        ViewOutcome(sha("b2"), 0, "b/b2.png", error_code="truncated", error="it ends early"),
+    )
+    finish(store, done(Area.XR_WRIST, new_result("bb", 0.2, seen)))
+    problem = FileProblem(sha("c"), "bomb", "too many pixels")
+    finish(store, waiting(State.QUARANTINED, None, "bomb"), problems=(problem,))
+    return store
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, "dcba"),
+        ({"limit": 2}, "dc"),
+        ({"area": Area.XR_HAND}, "a"),
+        ({"state": State.DONE}, "ba"),
+        ({"state": State.QUEUED}, "d"),
+        ({"state": State.QUARANTINED}, "c"),
+        ({"decision": "positive"}, "a"),
+        ({"since": NOON + timedelta(hours=1)}, "dcb"),
+        ({"until": NOON + timedelta(hours=1)}, "a"),
+        ({"min_probability": 0.2}, "ba"),
+        ({"max_probability": 0.5}, "b"),
+        ({"min_probability": 0.21, "max_probability": 0.89}, ""),
+        ({"weights": "bb"}, "b"),
+        ({"weights": "%"}, ""),
+        ({"reason": "bomb"}, "c"),
+        ({"study": "nothing"}, ""),
+        ({"history": True, "state": State.DONE}, "ba"),
+    ],
+)
+def test_every_filter_chooses(filled, filters, expected):
+    assert "".join(row.source for row in filled.query(Filters(**filters))) == expected
+
+
+def test_images_have_a_row_a_view_and_a_row_a_file_where_nothing_was_scored(filled):
+    def images(**filters):
+        return [(i.image, i.probability, i.error) for i in filled.images(Filters(**filters))]
+
+    assert images(area=Area.XR_WRIST) == [
+        ("b/b.png", 0.2, None),
+        ("b/b2.png", None, "truncated: it ends early"),
+    ]
+    assert images(state=State.QUARANTINED) == [
+        ("c/c.png", None, "bomb: too many pixels"),
+        ("c/c2.png", None, None),
+    ]
+    assert images(reason="truncated") == [("b/b2.png", None, "truncated: it ends early")]
+    assert images(max_probability=0.5) == [("b/b.png", 0.2, None)]
+    assert len(images(history=True)) == 7
+    (view,) = filled.images(Filters(max_probability=0.5))
+    assert view.study.views_failed == 1
+    assert view.to_dict()["overlay"] == "o/1.png"
+
+
+def test_counts_are_those_of_status(filled):
+    counts = filled.counts(NOON)
+    assert dict(counts.states) == {State.DONE: 2, State.QUARANTINED: 1, State.QUEUED: 1}
+    assert (counts.studies, counts.queued, counts.running) == (4, 1, 0)
+    assert counts.oldest == NOON + timedelta(hours=3)
+    assert (counts.results, counts.views) == (2, 3)
+    assert counts.last_scored_at == NOON + timedelta(hours=1)
+    assert filled.counts(NOON + timedelta(hours=2)).results == 0
+
+
+def test_readers_do_not_wait_for_a_writer(filled, url):
+    with Results.open(url) as reader, filled._write() as writer:
+        writer.execute(update(studies).values(accession="unfinished"))
+        assert [row.accession for row in reader.query()] == [None] * 4
+
+
+def test_a_reader_cannot_write(url):
+    with (
+        Results.open(url) as reader,
+        pytest.raises(Exception, match="read.?only|cannot execute"),
+        writing(reader._engine) as connection,
+    ):
+        connection.execute(delete(files))
+
+
+def test_what_is_missing_or_no_database_says_what_to_do(tmp_path):
+    missing = f"sqlite:///{tmp_path / 'none.db'}"
+    (tmp_path / "text.db").write_text("this is no database, whatever its name says" * 99)
+    for opened in (Results, Store):
+        with pytest.raises(Misconfigured, match="mura-batch db upgrade"):
+            opened.open(missing)
+        with pytest.raises(Misconfigured, match="not a database"):
+            opened.open(f"sqlite:///{tmp_path / 'text.db'}")
+        with pytest.raises(Misconfigured, match="sqlite:///FILE or postgresql"):
+            opened.open("mysql://u:secret@h/db")
+    assert not (tmp_path / "none.db").exists()
+    with pytest.raises(Misconfigured, match="cannot be read") as refused:
+        Results.open("postgresql://u:secret@/db?host=/nowhere")
+    assert "secret" not in str(refused.value)
+
+
+def test_reading_imports_nothing_heavy():
+    script = "import sys, mura_batch.results; print(*sys.modules, sep='\\n')"
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    heavy = {"torch", "numpy", "pandas", "pyarrow", "alembic", "pydicom", "sqlalchemy.orm", "PIL"}
+    assert heavy & set(found.stdout.split()) == set()
+
+
+# ---- laws
+
+
+class Ledger(RuleBasedStateMachine):
+    """Any order of arrivals, passes, kills and reruns."""
+
+    claims = Bundle("claims")
+
+    def __init__(self):
+        super().__init__()
+        self.store = Store.open(Ledger.url)
+        with writing(self.store._engine) as writer:
+            for trigger in ("results", "views", "events"):
+                writer.exec_driver_sql(f"DROP TRIGGER IF EXISTS {trigger}_no_delete")
+            for table in reversed(results.metadata.sorted_tables):
+                writer.execute(delete(table))
+        self.files = {}
+        self.keys = {}
+        self.running = {}
+
+    url = ""
+
+    def teardown(self):
+        self.store._engine.dispose()
+
+    @rule(
+        target=claims,
+        key=st.sampled_from(["p1/hand", "p2/hand"]),
+        contents=st.sets(st.sampled_from("abcd"), min_size=1, max_size=3),
+        hours=st.sampled_from([0, 10, 40]),
+    )
+    def arrive(self, key, contents, hours):
+        made = folder(key, *sorted(contents), hours=hours)
+        recorded = record(self.store, made)
+        assert recorded.outcome != "replayed"
+        self.files |= {(made.id, f"{key}/{c}.png"): recorded.study_id for c in contents}
+        return made
+
+    @rule(made=claims)
+    def replay(self, made):
+        assert record(self.store, made).outcome == "replayed"
+
+    @rule()
+    def begin(self):
+        for study in self.store.take(2, NOON + timedelta(days=9)):
+            self.running[study.id] = study
+
+    @rule(
+        area=st.sampled_from([Area.XR_HAND, Area.XR_WRIST]), weights=st.sampled_from(["aa", "bb"])
+    )
+    def end(self, area, weights):
+        if not self.running:
+            return
+        study = self.running.pop(min(self.running))
+        asked = self.store.study(study.id)
+        self.store.commit(outcome(study, done(area, new_result(weights))))
+        key = (study.digest, area, weights)
+        again = study.rerun and asked.request == study.request
+        self.keys[key] = self.keys.get(key, 0) + 1 if again else max(1, self.keys.get(key, 0))
+        settled = self.store.study(study.id).work is Work.SETTLED
+        assert settled == (asked.request == study.request)
+
+    @rule()
+    def kill(self):
+        self.running.clear()
+        self.store.recover()
+
+    @rule()
+    def rerun(self):
+        self.store.rerun(Rerun(filters=Filters(state=State.DONE)))
+
+    @invariant()
+    def every_file_is_recorded_once(self):
+        with self.store._engine.connect() as connection:
+            columns = select(files.c.claim, files.c.raw_name, files.c.study_id)
+            found = [(c, os.fsdecode(n), s) for c, n, s in connection.execute(columns)]
+        assert sorted(found) == sorted((*file, study) for file, study in self.files.items())
+
+    @invariant()
+    def a_key_has_a_row_for_its_first_pass_and_each_rerun(self):
+        with self.store._engine.connect() as connection:
+            columns = (results.c.digest, results.c.area, results.c.weights)
+            counted = select(*columns, func.count()).group_by(*columns)
+            found = {(d, a, w[:2]): n for d, a, w, n in connection.execute(counted)}
+        assert found == self.keys
+
+    @invariant()
+    def revisions_count_up_along_what_they_supersede(self):
+        named = set()
+        with self.store._engine.connect() as connection:
+            columns = (results.c.id, results.c.study_id, results.c.revision, results.c.supersedes)
+            found = {row[0]: row for row in connection.execute(select(*columns))}
+        for _, study, revision, supersedes in found.values():
+            if supersedes is None:
+                assert revision == 1
+                continue
+            assert found[supersedes][2] < revision
+            assert found[supersedes][1] == study or revision > 1
+            assert supersedes not in named or found[supersedes][1] != study
+            named.add(supersedes)
+
+    @invariant()
+    def every_study_has_a_row(self):
+        shown = {row.study for row in self.store.query()}
+        assert shown == set(self.files.values())
+
+
+def test_any_order_of_events_keeps_the_laws(tmp_path, sqlite_template):
+    shutil.copy(sqlite_template, tmp_path / "results.db")
+    Ledger.url = f"sqlite:///{tmp_path / 'results.db'}"
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(
+        Ledger,
+        settings=settings(
+            max_examples=15,
+            stateful_step_count=15,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,613 @@
+"""Cards, the store of weights, and checkpoints from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mura_batch import weights_import
+from mura_batch.area import Area
+from mura_batch.errors import Misconfigured, NoWeights, WeightsRefused
+from mura_batch.radiograph import Preprocessing
+from mura_batch.weights import (
+    BUNDLED,
+    Calibration,
+    Card,
+    Metric,
+    OperatingPoint,
+    WeightsStore,
+    bundled_card,
+    fitted,
+    load_bundled,
+    sha256_of,
+)
+from mura_batch.weights_import import (
+    Facts,
+    import_checkpoint,
+    load_checkpoint,
+    read_restricted,
+    says_of_itself,
+    tensors_of,
+)
+
+HAND, WRIST = Area.XR_HAND, Area.XR_WRIST
+BUNDLED_FILE = BUNDLED / "generalist.safetensors"
+
+# ---------------------------------------------------------------------------- cards
+
+shares = st.floats(0, 1)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+channels = st.floats(0.01, 1)
+digests = st.text("0123456789abcdef", min_size=64, max_size=64)
+words = st.text(max_size=30)
+points = st.builds(
+    OperatingPoint,
+    st.just("balanced"),
+    shares,
+    st.none() | shares,
+    st.none() | shares,
+)
+cards = st.builds(
+    Card,
+    area=st.sampled_from(Area),
+    target=st.sampled_from(["abnormal", "fracture"]),
+    sha256=digests,
+    operating_points=st.tuples(points)
+    | st.tuples(points, st.builds(OperatingPoint, st.just("high_sensitivity"), shares)),
+    training_data=words,
+    licence=words,
+    origin=st.sampled_from(["bundled", "published", "imported", "trained"]),
+    preprocessing=st.builds(
+        Preprocessing,
+        size=st.integers(32, 4096),
+        crop=st.sampled_from(["none", "foreground"]),
+        fit=st.sampled_from(["squash", "pad"]),
+        mean=st.tuples(channels, channels, channels),
+        std=st.tuples(channels, channels, channels),
+    ),
+    calibration=st.none() | st.builds(Calibration, st.floats(1e-6, 1e6), numbers, words),
+    metrics=st.dictionaries(
+        words, st.builds(Metric, numbers, st.none() | numbers, st.none() | numbers, words)
+    ),
+    source=words,
+    source_sha256=st.just("") | digests,
+    notes=words,
+)
+
+
+@given(cards)
+def test_a_card_survives_its_json(card: Card) -> None:
+    assert Card.from_json(card.to_json()) == card
+    assert hash(Card.from_json(card.to_json())) == hash(card)
+
+
+def a_card(digest: str = "ab" * 32, **changes: object) -> Card:
+    card = Card(
+        area=HAND,
+        target="abnormal",
+        sha256=digest,
+        operating_points=(OperatingPoint("balanced", 0.4, 0.9, 0.8),),
+        training_data="made up",
+        licence="MIT",
+        origin="trained",
+        calibration=Calibration(1.5, -0.2, "made up"),
+        metrics={"study_auc": Metric(0.9, 0.8, 1.0, "made up")},
+    )
+    return replace(card, **changes)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("format", 2, "format"),
+        ("area", "XR_KNEE", "area"),
+        ("area", 7, "area must be text"),
+        ("target", "cancer", "target"),
+        ("sha256", "AB" * 32, "sha256"),
+        ("sha256", "", "sha256"),
+        ("architecture", "resnet50", "architecture"),
+        ("licence", None, "licence"),
+        ("surprise", 1, "unknown surprise"),
+        ("operating_points", [], "balanced"),
+        ("operating_points", {}, "operating_points"),
+        ("operating_points.0.threshold", float("nan"), "threshold"),
+        ("operating_points.0.threshold", 1.5, "threshold"),
+        ("operating_points.0.threshold", True, "threshold"),
+        ("operating_points.0.threshold", 10**400, "threshold"),
+        ("operating_points.0.name", "best", "name"),
+        ("operating_points.0.sensitivity", "high", "sensitivity"),
+        ("preprocessing.size", 224.5, "size"),
+        ("preprocessing.size", 10**6, "size"),
+        ("preprocessing.crop", "smart", "crop"),
+        ("preprocessing.mean", [0.5, 0.5], "mean"),
+        ("preprocessing.std", [0.5, 0.5, 0], "std"),
+        ("preprocessing.gamma", 1, "gamma"),
+        ("calibration.slope", -1, "slope"),
+        ("calibration.intercept", float("inf"), "intercept"),
+        ("metrics.study_auc", 0.9, "study_auc"),
+        ("metrics.study_auc.on", 3, "on"),
+    ],
+)
+def test_a_bad_card_is_refused_by_the_name_of_what_is_bad(
+    path: str, value: object, said: str
+) -> None:
+    data = json.loads(a_card().to_json())
+    *parents, last = path.split(".")
+    place = data
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    place[last] = value
+    with pytest.raises(WeightsRefused, match=said):
+        Card.from_json(json.dumps(data))
+
+
+def test_every_member_of_a_card_is_needed() -> None:
+    data = json.loads(a_card().to_json())
+    for name in data:
+        with pytest.raises(WeightsRefused, match=name):
+            Card.from_json(json.dumps({k: v for k, v in data.items() if k != name}))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "[" * 100_000, "\x00", '{"format": 1e999}']
+)
+def test_what_is_no_card_at_all_is_refused(text: str) -> None:
+    with pytest.raises(WeightsRefused):
+        Card.from_json(text)
+
+
+def test_an_operating_point_that_nobody_measured_is_a_setting_to_correct() -> None:
+    assert a_card().threshold == 0.4
+    with pytest.raises(Misconfigured, match="high_specificity"):
+        a_card().point("high_specificity")
+
+
+# ---------------------------------------------------------------------------- the store
+
+
+@pytest.fixture(scope="module")
+def half_state() -> dict[str, Tensor]:
+    return load_file(BUNDLED_FILE)
+
+
+@pytest.fixture(scope="module")
+def other_file(half_state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled tensors in another file, which therefore has another digest."""
+    file = tmp_path_factory.mktemp("other") / "other.safetensors"
+    save_file(half_state, file, metadata={"version": "other"})
+    return file
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> WeightsStore:
+    store = WeightsStore(tmp_path / "weights")
+    store.install_bundled()
+    return store
+
+
+def test_bundled_weights_serve_every_area_and_lie_there_once(store: WeightsStore) -> None:
+    for area in Area:
+        card = store.active(area)
+        assert card is not None
+        assert card == bundled_card(area)
+        assert (card.area, card.origin) == (area, "bundled")
+        assert card.sha256 == sha256_of(store.file(card))
+    assert len(list((store.directory / "files").iterdir())) == 1
+    assert store.verify() == []
+
+
+def test_installing_bundled_weights_again_changes_nothing(store: WeightsStore) -> None:
+    before = {p: p.stat().st_mtime_ns for p in store.directory.rglob("*.[js]*")}
+    assert store.install_bundled() == []
+    assert {p: p.stat().st_mtime_ns for p in store.directory.rglob("*.[js]*")} == before
+
+
+def test_installing_bundled_weights_keeps_what_is_active_and_mends_its_own_file(
+    tmp_path: Path, other_file: Path
+) -> None:
+    store = WeightsStore(tmp_path)
+    own = store.add(other_file, replace(bundled_card(HAND), sha256=sha256_of(other_file)))
+    store.activate(HAND, own.short)
+    assert store.install_bundled() == [area for area in Area if area != HAND]
+    assert store.active(HAND) == own
+    file = store.file(bundled_card(WRIST))
+    file.write_bytes(b"spoilt")
+    store.install_bundled()
+    assert store.verify() == []
+
+
+def test_an_area_without_weights_names_the_command_that_fixes_it(tmp_path: Path) -> None:
+    store = WeightsStore(tmp_path / "none yet")
+    assert store.active(HAND) is None
+    assert store.cards() == []
+    assert store.verify() == []
+    with pytest.raises(NoWeights, match="mura-batch models fetch XR_HAND"):
+        store.require(HAND)
+
+
+def test_half_precision_is_stored_and_float32_is_loaded(
+    store: WeightsStore, half_state: dict[str, Tensor]
+) -> None:
+    network = store.load(store.require(WRIST))
+    assert not network.training
+    for name, tensor in half_state.items():
+        loaded = network.state_dict()[name]
+        if tensor.is_floating_point():
+            assert loaded.dtype == torch.float32
+            assert torch.equal(loaded, tensor.float())
+
+
+def test_every_load_checks_the_digest(store: WeightsStore) -> None:
+    card = store.require(HAND)
+    with store.file(card).open("r+b") as stream:
+        stream.seek(-1, 2)
+        last = stream.read(1)
+        stream.seek(-1, 2)
+        stream.write(bytes([last[0] ^ 1]))
+    with pytest.raises(WeightsRefused, match="changed since its sha256"):
+        store.load(card)
+    assert all("is damaged" in problem for problem in store.verify())
+    assert len(store.verify()) == len(Area)
+    store.file(card).unlink()
+    with pytest.raises(WeightsRefused, match="mura-batch models fetch XR_HAND"):
+        store.load(card)
+    assert all("is missing" in problem for problem in store.verify())
+
+
+def test_weights_are_activated_by_a_prefix_and_rolled_back(
+    store: WeightsStore, other_file: Path
+) -> None:
+    first = store.require(HAND)
+    card = store.add(other_file, replace(first, sha256=sha256_of(other_file), origin="trained"))
+    assert store.active(HAND) == first
+    assert store.activate(HAND, card.sha256[:8]) == card == store.active(HAND)
+    assert store.active(WRIST) == bundled_card(WRIST)
+    assert store.rollback(HAND) == first == store.active(HAND)
+    with pytest.raises(Misconfigured, match="nothing to go back to"):
+        store.rollback(HAND)
+    with pytest.raises(Misconfigured, match=f"stored: .*{card.short}"):
+        store.activate(HAND, "not a digest")
+    with pytest.raises(Misconfigured, match="several"):
+        store.find(HAND, "")
+
+
+def test_the_same_tensors_with_another_threshold_are_refused(store: WeightsStore) -> None:
+    card = store.require(HAND)
+    assert store.add(BUNDLED_FILE, replace(card, notes="seen again")) == card
+    other = replace(card, operating_points=(OperatingPoint("balanced", 0.123),))
+    with pytest.raises(WeightsRefused, match="set `threshold` in config.toml"):
+        store.add(BUNDLED_FILE, other)
+
+
+def test_a_file_that_is_not_what_its_card_says_is_not_stored(
+    tmp_path: Path, half_state: dict[str, Tensor]
+) -> None:
+    store = WeightsStore(tmp_path / "weights")
+    with pytest.raises(WeightsRefused, match="sha256"):
+        store.add(BUNDLED_FILE, a_card())
+    small = tmp_path / "small.safetensors"
+    save_file({"classifier.bias": half_state["classifier.bias"]}, small)
+    with pytest.raises(WeightsRefused, match="missing: classifier.weight"):
+        store.add(small, a_card(sha256_of(small)))
+    small.write_bytes(b"\xff" * 100)
+    with pytest.raises(WeightsRefused, match="not a safetensors file"):
+        store.add(small, a_card(sha256_of(small)))
+    assert not store.directory.exists()
+
+
+def test_verify_names_unreadable_cards_and_what_is_active_but_broken(store: WeightsStore) -> None:
+    card = store.require(HAND)
+    place = store.directory / HAND / f"{card.short}.json"
+    shutil.copy(place, store.directory / WRIST / "0123456789ab.json")
+    place.write_text("{}")
+    (store.directory / Area.XR_ELBOW / "active.json").write_text('{"digest": "../../x"}')
+    problems = "\n".join(store.verify())
+    assert f"{place}: card: format is missing" in problems
+    assert "XR_HAND: what is active cannot be used" in problems
+    assert "XR_ELBOW: what is active cannot be used" in problems
+    assert "0123456789ab.json: is the card of XR_HAND" in problems
+    assert store.cards(HAND) == []
+    with pytest.raises(WeightsRefused):
+        store.active(HAND)
+
+
+DIGESTS = [f"{n:02x}" * 32 for n in range(3)]
+
+
+def _with_cards(directory: Path) -> WeightsStore:
+    """A store with three cards of one area, which can be activated though no tensors are there."""
+    for digest in DIGESTS:
+        place = directory / HAND / f"{digest[:12]}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(a_card(digest).to_json())
+    return WeightsStore(directory)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.none() | st.sampled_from(DIGESTS), max_size=8))
+def test_rollback_undoes_activations_one_by_one(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[str | None]
+) -> None:
+    """Against a plain list: a digest activates, None rolls back."""
+    store = _with_cards(tmp_path_factory.mktemp("store"))
+    expected: list[str] = []
+    for digest in steps:
+        if digest is not None:
+            store.activate(HAND, digest)
+            if expected[-1:] != [digest]:
+                expected.append(digest)
+        elif len(expected) > 1:
+            assert store.rollback(HAND).sha256 == expected[-2]
+            expected.pop()
+        else:
+            with pytest.raises(Misconfigured):
+                store.rollback(HAND)
+        active = store.active(HAND)
+        assert (active.sha256 if active else None) == (expected[-1] if expected else None)
+
+
+def test_changes_at_the_same_time_all_count(tmp_path: Path) -> None:
+    """Two writers, each with the folder opened on its own; none of their changes is lost."""
+    _with_cards(tmp_path)
+    rounds = 15
+
+    def work(digest: str) -> None:
+        store = WeightsStore(tmp_path)
+        for _ in range(rounds):
+            store.activate(HAND, digest)
+            store.activate(HAND, DIGESTS[2])
+
+    workers = [threading.Thread(target=work, args=(digest,)) for digest in DIGESTS[:2]]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    state = json.loads((tmp_path / HAND / "active.json").read_text())
+    order = [*state["history"], state["digest"]]
+    assert order.count(DIGESTS[0]) == order.count(DIGESTS[1]) == rounds
+    assert all(a != b for a, b in zip(order, order[1:], strict=False))
+
+
+def test_listing_weights_does_not_import_torch(store: WeightsStore) -> None:
+    program = (
+        "import sys; from pathlib import Path;"
+        "from mura_batch.weights import WeightsStore;"
+        "store = WeightsStore(Path(sys.argv[1]));"
+        "assert len(store.cards()) == 7 and not store.verify();"
+        "sys.exit(sorted({'torch', 'torchvision', 'safetensors'} & set(sys.modules)) or 0)"
+    )
+    command = [sys.executable, "-c", program, store.directory]
+    repository = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---------------------------------------------------------------------------- tensors
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(half_state: dict[str, Tensor]) -> None:
+    def refused(**changes: Tensor | None) -> str:
+        state = {**half_state, **{k.replace("__", "."): v for k, v in changes.items()}}
+        with pytest.raises(WeightsRefused) as caught:
+            fitted({name: tensor for name, tensor in state.items() if tensor is not None})
+        return str(caught.value)
+
+    bias, variance = "classifier__bias", "features__norm0__running_var"
+    assert "missing: classifier.bias" in refused(**{bias: None})
+    assert "unexpected: classifier.2.bias" in refused(classifier__2__bias=torch.zeros(1))
+    assert "classifier.weight (2, 1024) instead of (1, 1024)" in refused(
+        classifier__weight=torch.zeros(2, 1024)
+    )
+    for value in (float("nan"), float("inf")):
+        assert "NaN or infinite: classifier.bias" in refused(**{bias: torch.tensor([value])})
+    assert "no floats: classifier.bias" in refused(**{bias: torch.tensor([1])})
+    assert "negative variances: features.norm0.running_var" in refused(
+        **{variance: -torch.ones(64)}
+    )
+
+
+def test_of_many_wrong_names_the_first_are_named_and_the_rest_counted() -> None:
+    with pytest.raises(WeightsRefused, match="classifier.bias, classifier.weight.* and 601 more"):
+        fitted({})
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return load_bundled(HAND)[0].state_dict()
+
+
+def old_names(state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """As torchvision named tensors in its first years, saved from a DataParallel network."""
+    renamed: OrderedDict[str, Tensor] = OrderedDict()
+    for name, tensor in state.items():
+        head, _, tail = name.rpartition("denselayer")
+        for number in "12":
+            tail = tail.replace(f"norm{number}.", f"norm.{number}.")
+            tail = tail.replace(f"conv{number}.", f"conv.{number}.")
+        if "num_batches_tracked" not in name:
+            renamed[f"module.{head}{'denselayer' if head else ''}{tail}"] = tensor
+    assert "module.features.denseblock1.denselayer1.norm.1.weight" in renamed
+    return renamed
+
+
+def test_a_published_checkpoint_is_imported_bit_for_bit(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    checkpoint = {
+        "model_state": old_names(state),
+        "area": "XR_HAND",
+        "img_size": 320,
+        "best_auc": np.float64(0.87),
+        "epoch": 7,
+    }
+    file = tmp_path / "XR_HAND_FINAL_best.pt"
+    torch.save(checkpoint, file)
+    store = WeightsStore(tmp_path / "weights")
+    card = import_checkpoint(file, Facts(area=HAND, threshold=0.3), store)
+    assert store.cards() == [card]
+    assert store.active(HAND) is None
+    assert (card.origin, card.target, card.threshold) == ("imported", "abnormal", 0.3)
+    assert card.preprocessing == Preprocessing(size=320)
+    assert (card.source, card.source_sha256) == (file.name, sha256_of(file))
+    loaded = store.load(card).state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(
+        torch.equal(loaded[n], t) for n, t in state.items() if "num_batches_tracked" not in n
+    )
+    with pytest.raises(WeightsRefused, match="says XR_HAND, not XR_WRIST"):
+        import_checkpoint(file, Facts(area=WRIST), store)
+    file = file.rename(tmp_path / "best.pt")
+    with pytest.raises(WeightsRefused, match=r"best\.pt says XR_HAND, not XR_WRIST"):
+        import_checkpoint(file, Facts(area=WRIST), store)
+    assert store.cards() == [card]
+
+
+@pytest.mark.parametrize("wrapper", ["model_state", "model_state_dict", "state_dict", None])
+def test_state_dicts_are_found_wrapped_or_bare(
+    wrapper: str | None, state: dict[str, Tensor]
+) -> None:
+    given_state = old_names(state)
+    found = tensors_of({wrapper: given_state, "epoch": 3} if wrapper else given_state)
+    assert found.keys() == {n for n in state if "num_batches_tracked" not in n}
+
+
+def test_what_holds_no_state_dict_is_refused() -> None:
+    for nothing in (None, [1], {}, {"model_state": {}}, {"model_state": 3}):
+        with pytest.raises(WeightsRefused, match="no state dict"):
+            tensors_of(nothing)
+    with pytest.raises(WeightsRefused, match="'epoch', which is no tensor"):
+        tensors_of({"weights": torch.zeros(1), "epoch": 3})
+    with pytest.raises(WeightsRefused, match="classifier.bias twice"):
+        tensors_of({"classifier.bias": torch.zeros(1), "module.classifier.bias": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [
+        ({"area": "XR_WRIST"}, {"area": "XR_WRIST"}),
+        ({"config": {"body_part": "wrist", "img_size": 320}}, {"area": "wrist", "img_size": 320}),
+        ({"area": 3, "img_size": "large"}, {}),
+        (torch.zeros(1), {}),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself(checkpoint: object, said: dict[str, object]) -> None:
+    assert says_of_itself(checkpoint) == said
+
+
+@pytest.mark.parametrize(
+    ("named", "refused"),
+    [("XR_HAND", False), ("hand", False), ("", False), ("v2, all areas", False)]
+    + [("xr_wrist_final_best.pt", True), ("Wrist", True), ("XR_KNEE", True)],
+)
+def test_a_checkpoint_for_another_area_is_refused_when_it_says_so(
+    named: str, *, refused: bool
+) -> None:
+    areas = weights_import._areas_in(named)
+    if refused:
+        with pytest.raises(WeightsRefused, match="not XR_HAND"):
+            weights_import._same_area(areas, HAND, "it")
+    else:
+        weights_import._same_area(areas, HAND, "it")
+
+
+class Hostile:
+    """Unpickled by an ordinary reader, this makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    marker, file = tmp_path / "it ran", tmp_path / "hostile.pt"
+    torch.save({"model_state": state, "extra": Hostile(marker)}, file)
+    store = WeightsStore(tmp_path / "weights")
+    with pytest.raises(WeightsRefused, match="more than tensors"):
+        import_checkpoint(file, Facts(area=HAND), store)
+    file.write_bytes(pickle.dumps(Hostile(marker)))
+    with pytest.raises(WeightsRefused, match="more than tensors"):
+        read_restricted(file)
+    assert not marker.exists()
+    pickle.loads(file.read_bytes())  # noqa: S301 - shows that the file is the trap it should be
+    assert marker.exists()
+
+
+def test_a_small_file_with_tensors_of_terabytes_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.pt"
+    torch.save({"classifier.bias": torch.zeros(1).expand(1 << 40)}, file)
+    assert file.stat().st_size < 10_000
+    with pytest.raises(WeightsRefused, match=r"bomb\.pt.*(damaged|not what it seems)"):
+        import_checkpoint(file, Facts(area=HAND), WeightsStore(tmp_path / "weights"))
+
+
+def test_a_checkpoint_that_takes_too_long_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_import, "_MAX_SECONDS", 0.01)
+    file = tmp_path / "slow.pt"
+    torch.save({"classifier.bias": torch.zeros(1)}, file)
+    with pytest.raises(WeightsRefused, match="could not be read within"):
+        import_checkpoint(file, Facts(area=HAND), WeightsStore(tmp_path / "weights"))
+
+
+def test_a_whole_pickled_network_is_refused_with_advice(tmp_path: Path) -> None:
+    file = tmp_path / "network.pt"
+    torch.save(torch.nn.Linear(2, 1), file)
+    with pytest.raises(WeightsRefused, match=r"torch\.nn.*Linear.*save its state_dict"):
+        read_restricted(file)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.pt"
+    torch.save({"classifier.bias": torch.zeros(1000)}, whole)
+    file = tmp_path / "file.pt"
+    file.write_bytes(whole.read_bytes()[:-900])
+    with pytest.raises(WeightsRefused, match="damaged or cut off"):
+        read_restricted(file)
+    store = WeightsStore(tmp_path / "weights")
+    for content in (b"<!DOCTYPE html><title>Sign in</title>", b"", b"\x89PNG\r\n\x1a\n"):
+        file.write_bytes(content)
+        with pytest.raises(WeightsRefused, match="not a torch checkpoint"):
+            import_checkpoint(file, Facts(area=HAND), store)
+    with pytest.raises(WeightsRefused, match="cannot be read"):
+        import_checkpoint(tmp_path / "absent.pt", Facts(area=HAND), store)
+    with pytest.raises(WeightsRefused, match="is safetensors"):
+        import_checkpoint(BUNDLED_FILE, Facts(area=HAND), store)
+
+
+def test_a_safetensors_file_is_loaded_with_the_card_beside_it(
+    tmp_path: Path, store: WeightsStore, half_state: dict[str, Tensor]
+) -> None:
+    card = bundled_card(HAND)
+    file = tmp_path / "mine.safetensors"
+    shutil.copy(BUNDLED_FILE, file)
+    with pytest.raises(WeightsRefused, match=r"has no card.*mine\.json"):
+        load_checkpoint(file, HAND)
+    file.with_suffix(".json").write_text(card.to_json())
+    with pytest.raises(WeightsRefused, match="is for XR_HAND, not for XR_WRIST"):
+        load_checkpoint(file, WRIST)
+    for place in (file, BUNDLED_FILE, store.file(card)):
+        network, found = load_checkpoint(place, HAND)
+        assert found == card
+        bias = half_state["classifier.bias"].float()
+        assert torch.equal(network.state_dict()["classifier.bias"], bias)

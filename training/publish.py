@@ -1,0 +1,137 @@
+"""A trained network to weights with an honest card for each of the seven areas."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from mura_batch.area import Area
+from mura_batch.atomic import write_atomic
+from mura_batch.network import EvidenceNet
+from mura_batch.radiograph import Preprocessing
+from mura_batch.weights import sha256_of
+from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint
+from training.dataset import Film
+from training.evaluate import (
+    Estimate,
+    ExamScores,
+    auc,
+    cross_fitted_rates,
+    fit_calibration,
+    score_exams,
+    thresholds,
+)
+
+_TRAINED_ON = (
+    "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0): {films} films, upper"
+    " limb of folds 1-4 and legs and hips; one network from random weights for all areas, no"
+    " ImageNet weights, {epochs} epochs, the last one taken"
+)
+_NOTES = (
+    "Starting weights, not specialists: the same network serves all seven areas. The label is"
+    " fracture, not MURA's abnormal. FracAtlas has no finger films of their own and few films of"
+    " wrists alone, humeri and shoulders. Calibration and thresholds were fitted on the same"
+    " held-back exams (fold 0) that the AUC is of; sensitivity and specificity are cross-fitted"
+    " over two halves of them. Not tested on any other hospital's films."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Where the weights went and what they reached over all areas."""
+
+    file: Path
+    auc: Estimate
+
+
+def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
+    """Write the run's network in half precision, and a card for each area, into ``folder``.
+
+    What is measured is the network as it ships: rounded to half precision first.
+    """
+    settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    spec = _preprocessing(settings["preprocessing"])
+    state = torch.load(run / "network.pt", weights_only=True)
+    half = {name: t.half().contiguous() for name, t in state.items() if t.is_floating_point()}
+    file = folder / "generalist.safetensors"
+    write_atomic(file, lambda stream: stream.write(save(half)))
+
+    network = EvidenceNet()
+    network.load_state_dict({name: t.float() for name, t in half.items()}, strict=False)
+    held_back = [film for film in films if film.fold == settings["evaluation_fold"]]
+    scores = score_exams(network, held_back, spec)
+    overall = auc(scores)
+    slope, intercept = fit_calibration(scores.logits, scores.labels)
+    calibrated = 1 / (1 + np.exp(-(slope * scores.logits + intercept)))
+    points = thresholds(calibrated, scores.labels)
+    rates = cross_fitted_rates(scores)
+    for area in Area:
+        card = Card(
+            area=area,
+            target="fracture",
+            sha256=sha256_of(file),
+            preprocessing=spec,
+            operating_points=tuple(
+                OperatingPoint(
+                    name=name,
+                    threshold=round(points[name], 4),
+                    sensitivity=_rounded(rates[name][0].value),
+                    specificity=_rounded(rates[name][1].value),
+                )
+                for name in ("balanced", "high_sensitivity", "high_specificity")
+            ),
+            calibration=Calibration(
+                round(slope, 5), round(intercept, 5), f"{_count(scores)}, all areas, fold 0"
+            ),
+            training_data=_TRAINED_ON.format(films=settings["films"], epochs=settings["epochs"]),
+            metrics=_metrics(scores, overall, area),
+            licence="MIT; trained on CC BY 4.0 data, attribution above",
+            origin="bundled",
+            source="training/fit.py",
+            notes=_NOTES,
+        )
+        _write_card(folder / "cards" / f"{area}.json", card)
+    return Published(file, overall)
+
+
+def _metrics(scores: ExamScores, overall: Estimate, area: Area) -> dict[str, Metric]:
+    """Return the AUC over all areas, and over this area's exams where both classes are there."""
+    own = scores.only(area)
+    found = {"study_auc_all_areas": (overall, scores)}
+    estimate = auc(own)
+    if estimate.value is not None:
+        found["study_auc"] = (estimate, own)
+    return {
+        name: Metric(
+            round(value.value, 4),
+            _rounded(value.low),
+            _rounded(value.high),
+            f"{_count(of)}, held back (fold 0); 95 % bootstrap over exams",
+        )
+        for name, (value, of) in found.items()
+        if value.value is not None
+    }
+
+
+def _count(scores: ExamScores) -> str:
+    return f"{len(scores.labels)} exams of FracAtlas, {int(scores.labels.sum())} with a fracture"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _preprocessing(data: dict[str, Any]) -> Preprocessing:
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    return Preprocessing(**(data | {"mean": mean, "std": std}))
+
+
+def _write_card(target: Path, card: Card) -> None:
+    text = card.to_json().encode()
+    write_atomic(target, lambda stream: stream.write(text))
