@@ -3,7 +3,7 @@
 #   make demo     scores the sample studies and shows what comes out
 #   make test     lint, types, layering and tests
 #   make install  the environment in .venv, without running anything
-#   make lock     writes requirements/*.txt anew from pyproject.toml (UPGRADE=1 takes newer versions)
+#   make lock     requirements/*.txt anew from pyproject.toml, with uv (UPGRADE=1: newer versions)
 #   make clean    removes the environment and what was built
 #
 # PYTHON=/path/to/python chooses the interpreter. A torch of at least 2.8 that it has already, with
@@ -47,8 +47,8 @@ $(VENV)/made.stamp:
 	fi
 	@touch $@
 
-# One line a package and its hashes, in whatever order: lines of torch and of what only its own
-# builds need are left out where the interpreter brought a torch along.
+# Installs what $(1) lists, hashes checked. Where the interpreter brought its own torch, torch and
+# what only the registry's builds of it need are left out.
 TORCH_LINES := ^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==
 define install_locked
 awk -v outer="$$(grep -c 'include-system-site-packages = true' $(VENV)/pyvenv.cfg)" \

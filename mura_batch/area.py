@@ -398,9 +398,10 @@ class _Lexicon:
     before: tuple[str, ...]
     after: tuple[str, ...]
 
-    def find(self, tokens: Iterable[str], *, region: bool) -> list[_Term]:
+    def find(self, tokens: Sequence[str], *, region: bool) -> list[_Term]:
         """Return the terms in a text, the longest winning; no word is used twice."""
-        words = [piece for token in tokens for piece in self._pieces(token)]
+        pieces = {token: self._pieces(token) for token in set(tokens)}
+        words = [piece for token in tokens for piece in pieces[token]]
         found = [
             (-sum(len(words[at]) for at in covered), covered, term)
             for start, word in enumerate(words)

@@ -59,10 +59,10 @@ def divide(study: Study, rules: AreaRules, answer: PersonAnswer | None) -> tuple
 
 def _decision(view: View, rules: AreaRules, answer: PersonAnswer | None) -> Decision:
     if answer is not None and answer.everywhere:
-        return decision_by_person(answer.area, view.clues)
+        return decision_by_person(answer.area, view.clues, rules)
     own = decide(view.clues, rules)
     if answer is not None and own.outcome == "needs_person":
-        return decision_by_person(answer.area, view.clues)
+        return decision_by_person(answer.area, view.clues, rules)
     return own
 
 

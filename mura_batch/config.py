@@ -20,7 +20,7 @@ STATUS_FILE = ".daemon.json"  # in the home: what the daemon last said of itself
 PUBLISHED_WEIGHTS = "https://github.com/mariamvol/mura-model-classifier/releases/download/v0.1.0"
 
 
-def _setting(default: Any, doc: str) -> Any:  # noqa: ANN401 - the field's annotation is the type
+def _setting(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
 
@@ -207,7 +207,7 @@ def _rules(table: object, problems: list[str]) -> AreaRules:
     return AreaRules(words=words, shoulder_girdle=bool(table.get("shoulder_girdle", False)))
 
 
-def _typed(value: Any, hint: Any) -> Any:  # noqa: ANN401, C901, PLR0911 - one case a type
+def _typed(value: Any, hint: Any) -> Any:  # noqa: PLR0911 - one case a type
     """Return ``value`` (TOML value or environment text) as ``hint`` asks; ValueError if not."""
     options = [option for option in get_args(hint) if option is not type(None)]
     if get_origin(hint) is Literal:

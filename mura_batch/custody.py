@@ -213,7 +213,7 @@ class Custody:
         claims = []
         for folder in sorted(self._work.iterdir()):
             if folder.name.endswith(_GONE):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)  # deleted by intent, cut off
             elif (claim := self._resume(folder)) is not None:
                 claims.append(claim)
         return claims
@@ -489,16 +489,16 @@ def _explain(
 ) -> None:
     """Write ``reason.json`` whole: ``note`` over what it says already, one ``entry`` a file.
 
-    Where the claim as a whole is in quarantine it says ``whole``. Its ``code``, ``stage``, ``message`` and ``what_to_do`` are the claim's, or its first
-    file's where the claim as a whole is not in quarantine.
+    ``whole`` says that the claim as a whole is in quarantine. The ``code``, ``stage``,
+    ``message`` and ``what_to_do`` are the claim's then, else its first file's.
     """
-    told = {"at": datetime.now(UTC).isoformat(timespec="seconds")} | _told(path) | note
+    told = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **_told(path), **note}
     if entry is not None:
         entries = {known["id"]: known for known in told.get("files", [])} | {entry["id"]: entry}
         told["files"] = list(entries.values())
         told = {key: entry[key] for key in _REASON_FIELDS} | told
     text = json.dumps(told, indent=1, ensure_ascii=False)
-    write_atomic(path, lambda stream: stream.write(text.encode()))
+    write_atomic(path, lambda stream: stream.write(text.encode(errors="backslashreplace")))
 
 
 def _told(path: Path) -> dict[str, Any]:

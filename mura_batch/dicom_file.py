@@ -35,7 +35,7 @@ PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"} 
 _FIRST_PIXEL_TAG = min(PIXEL_TAGS)
 _UNDEFINED = 0xFFFFFFFF
 _HEAD_LIMITS = (1 << 16, 1 << 20, 1 << 24)  # bytes of header tried in turn
-_MAX_READS = 300_000  # steps of the parser: ten times what a film with all extras takes
+_MAX_READS = 100_000  # steps of the parser: what an object of a thousand frames takes
 _INFLATE_STEP = 1 << 20
 
 
@@ -92,14 +92,15 @@ def read_header(stream: BinaryIO, keywords: Collection[str], last: str | None = 
     hush()
     wanted = [Tag(keyword) for keyword in keywords]
     end = _FIRST_PIXEL_TAG if last is None else Tag(last) + 1
+    meter = _Meter()
     for limit in _HEAD_LIMITS:
         stream.seek(0)
         head = stream.read(limit)
         whole = len(head) < limit
         try:
-            header, found_end = _parse(head, wanted, end)
+            header, found_end = _parse(head, wanted, end, meter)
         except DECODER_ERRORS as exc:
-            if whole or limit == _HEAD_LIMITS[-1]:
+            if whole or limit == _HEAD_LIMITS[-1] or meter.left < 0:
                 raise _refusal(exc) from exc
             continue
         if found_end or whole:
@@ -115,21 +116,28 @@ def _refusal(exc: Exception) -> UnreadableImage:
     return UnreadableImage("corrupt", "its DICOM header cannot be read: export the study again")
 
 
+@dataclass(slots=True)
+class _Meter:
+    """How many steps the parser may still take for one file."""
+
+    left: int = _MAX_READS
+
+
 class _Metered(io.BytesIO):
     """Bytes that can be read so often only: pydicom reads every element and item in steps."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, meter: _Meter) -> None:
         super().__init__(data)
-        self._left = _MAX_READS
+        self._meter = meter
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self._left -= 1
-        if self._left < 0:
+        self._meter.left -= 1
+        if self._meter.left < 0:
             raise ValueError("this header has no end")
         return super().read(size)
 
 
-def _parse(head: bytes, wanted: list[Any], end: int) -> tuple[Header, bool]:
+def _parse(head: bytes, wanted: list[Any], end: int, meter: _Meter) -> tuple[Header, bool]:
     """Return the header in ``head``, and whether an element at or behind ``end`` was met."""
     stated, body = _file_meta(head)
     syntax = stated or _guessed_syntax(head[body : body + 6])
@@ -139,7 +147,7 @@ def _parse(head: bytes, wanted: list[Any], end: int) -> tuple[Header, bool]:
         offset = 0
     implicit = syntax == ImplicitVRLittleEndian
     little = syntax != ExplicitVRBigEndian
-    stream = _Metered(head)
+    stream = _Metered(head, meter)
     stream.seek(offset)
     dataset = read_dataset(
         stream,

@@ -15,8 +15,9 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_color_lut
+from pydicom.pixels.processing import apply_color_lut, convert_color_space
 from pydicom.uid import UID, AllTransferSyntaxes, RLELossless
+from rle.rle import decode_segment  # type: ignore[import-not-found]  # compiled, no stubs
 
 from mura_batch import dicom_grey
 from mura_batch.dicom_file import (
@@ -226,8 +227,10 @@ def _decompressed(
     if not packed:
         raise UnreadableImage("truncated", "it ends before its pixels: send the image again")
     syntax = UID(header.transfer_syntax)
-    precision = _check_codestream(packed, layout, syntax)
+    precision = 0 if syntax == RLELossless else _check_codestream(packed, layout, syntax)
     try:
+        if syntax == RLELossless:
+            return _run_lengths(packed, layout), layout.stored
         array, _ = get_decoder(syntax).as_array(encapsulate([packed]), **_options(layout))
     except (NotImplementedError, KeyError) as exc:
         raise _wrong_syntax("has no decoder here") from exc
@@ -239,22 +242,31 @@ def _decompressed(
             "its compressed pixels cannot be decoded (cut off, damaged, or written by a faulty"
             " encoder): export it uncompressed",
         ) from exc
-    if syntax == RLELossless or layout.signed:
+    if layout.signed:
         precision = min(precision, layout.stored)
     return np.asarray(array), precision
 
 
+_ITEM_HEADER = 8  # bytes: looked for once more where the last delimiter was left out
+
+
 class _Clipped:
-    """A file whose reads never ask for more than is there, whatever length a header claims."""
+    """A file whose reads never ask for more than is there, whatever length a header claims.
+
+    Attributes:
+        cut_off: a fragment claimed more than is there.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._size = size_of(stream)
+        self.cut_off = False
         self.seek = stream.seek
         self.tell = stream.tell
 
     def read(self, size: int = -1, /) -> bytes:
         left = max(0, self._size - self._stream.tell())
+        self.cut_off = self.cut_off or size > max(left, _ITEM_HEADER)
         return self._stream.read(left if size < 0 else min(size, left))
 
 
@@ -263,9 +275,41 @@ def _packed_frame(stream: BinaryIO, header: Header, layout: _Layout, frame: int)
     tables = [values(header.dataset, f"ExtendedOffsetTable{part}")[:1] for part in ("", "Lengths")]
     extended = (tables[0][0], tables[1][0]) if all(tables) else None
     clipped: Any = _Clipped(stream)
-    return bytes(
-        get_frame(clipped, frame, extended_offsets=extended, number_of_frames=layout.frames)
-    )
+    packed = get_frame(clipped, frame, extended_offsets=extended, number_of_frames=layout.frames)
+    if clipped.cut_off:
+        raise EOFError
+    return bytes(packed)
+
+
+_RLE_HEADER = 64  # bytes
+
+
+def _run_lengths(packed: bytes, layout: _Layout) -> NDArray[Any]:
+    """Decode an RLE frame (PS3.5 annex G): a segment for each byte of each sample, high byte first.
+
+    pydicom's plugin hands the whole frame to a Rust function that panics (no ``Exception``) where a
+    segment holds more than the header says; segment by segment it refuses like any other decoder.
+    """
+    size = layout.allocated // 8
+    count, *offsets = struct.unpack_from("<16I", packed)
+    if count != size * layout.samples:
+        raise ValueError("as many segments as bytes of a pixel are expected")
+    ends = [*offsets[1:count], len(packed)]
+    pixels = layout.rows * layout.columns
+    planes = []
+    for start, end in zip(offsets[:count], ends, strict=True):
+        if not _RLE_HEADER <= start < end:
+            raise ValueError("segments follow each other and are not empty")
+        planes.append(np.frombuffer(decode_segment(packed[start:end]), np.uint8)[:pixels])
+    samples = np.zeros((len(planes[0]), layout.samples), f"u{size}")
+    for segment, plane in enumerate(planes):
+        sample, byte = divmod(segment, size)
+        samples[:, sample] |= plane.astype(samples.dtype) << 8 * (size - 1 - byte)
+    if layout.samples == 1:
+        return samples.reshape(layout.rows, layout.columns)
+    frame = samples.reshape(layout.rows, layout.columns, layout.samples)
+    in_rgb = layout.photometric == "RGB"
+    return frame if in_rgb else convert_color_space(frame, layout.photometric, "RGB")
 
 
 _J2K_START = b"\xff\x4f\xff\x51"
@@ -281,10 +325,8 @@ def _codestream(packed: bytes) -> bytes:
 def _check_codestream(packed: bytes, layout: _Layout, syntax: UID) -> int:
     """Compare what the code stream claims with the header before a decoder believes it.
 
-    Returns the precision: bits of a value in the code stream; BitsStored for RLE.
+    Returns the precision: bits of a value in the code stream.
     """
-    if syntax == RLELossless:
-        return layout.stored
     if packed.startswith(_J2K_START):
         claimed = _j2k_claims(packed)
     elif packed.startswith(b"\xff\xd8"):

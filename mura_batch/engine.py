@@ -164,15 +164,14 @@ def _sqlite(url: URL, *, read_only: bool) -> sqlite3.Connection:
 
 def _postgres(url: URL, *, read_only: bool) -> Engine:
     try:
-        return create_engine(
-            url,
-            pool_pre_ping=True,
-            isolation_level="REPEATABLE READ" if read_only else "READ COMMITTED",
-        )
+        engine = create_engine(url, pool_pre_ping=True)
     except ModuleNotFoundError as exc:
         raise Misconfigured(
             "A PostgreSQL database needs psycopg: pip install 'mura-batch[postgres]'."
         ) from exc
+    if not read_only:
+        return engine
+    return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
 def _begin(connection: Connection) -> None:

@@ -94,7 +94,7 @@ class _Observation:
     """How long a unit has looked the way it looks, on the scan's clock.
 
     Attributes:
-        first: when the unit was first seen, or last offered because of the cap.
+        first: since when it has not settled.
         since: when its files last changed.
         offers: how often it was offered since it last changed.
         offer_at: when it may be offered again; ever later while nobody can take it.
@@ -270,7 +270,8 @@ class Inbox:
             if seen is None:
                 seen = _Observation(state, first=after, since=after)
             elif seen.state != state:
-                seen = _Observation(state, first=seen.first, since=after)
+                unsettled = after if seen.offers else seen.first
+                seen = _Observation(state, first=unsettled, since=after)
             self._observed[key] = seen
             settled_by = self._why_settled(unit, seen, before)
             if settled_by is None:
@@ -301,8 +302,6 @@ class Inbox:
     ) -> Candidate:
         seen.offer_at = now + min(self._settle * 2**seen.offers, self._cap)
         seen.offers += 1
-        if settled_by == "cap":
-            seen.first = now
         for known in unit.files:
             known.offered = True
         files = sorted((known.found for known in unit.files), key=lambda found: found.name)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import Self
 
@@ -171,7 +172,7 @@ class Pipeline:
                 with self._idle:
                     self._in_flight += 1
                 _step("taken", study=stored.id)
-                self._bounded(stored, lambda stored=stored: self._start(stored))
+                self._bounded(stored, partial(self._start, stored))
 
     def drain(self) -> None:
         """Wait until every study that was fed is finished."""
@@ -283,7 +284,7 @@ class Pipeline:
     def _write_overlay(
         self, study: Study, view: View, score: ViewScore, card: Card, picture: Thumbnail
     ) -> str:
-        name = overlay_name(study.digest, view.file.sha256, view.frame, card.sha256)
+        name = overlay_name(study.digest, view.file.sha256, view.frame, card.sha256, card.area)
         target = self._settings.overlays_dir / name
         caption = Caption(card, score.probability)
         write_overlay(target, render(picture, score.map, caption, self._settings.overlay_scale))
@@ -302,7 +303,7 @@ class Pipeline:
             job.open_views -= 1
             last = job.open_views == 0
         if last:
-            self._finishers.submit(self._bounded, job.stored, lambda: self._finish(job))
+            self._finishers.submit(self._bounded, job.stored, partial(self._finish, job))
 
     # ---- outcome
 

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Float,
     Select,
     String,
+    Table,
     and_,
     case,
     false,
@@ -112,11 +113,9 @@ class Results:
 
         An area without a result has a row for each file of its study instead.
         """
-        parts = [_with_views(_current(filters, images=True), filters), _with_files(filters)]
-        if filters.history:
-            parts.append(_with_views(_superseded(filters, images=True), filters))
-        for row in self._stream(parts, filters.limit):
-            yield ImageRow(_study_row(row), *row[_STUDY_COLUMNS : _STUDY_COLUMNS + 5])
+        for row in self._stream(_view_parts(filters), filters.limit):
+            first = _STUDY_COLUMNS + 1  # after the column that rows are sorted by
+            yield ImageRow(_study_row(row), *row[first : first + 5])
 
     def events(self, study_id: str) -> list[EventRow]:
         """Return what happened to a study, oldest first."""
@@ -271,7 +270,7 @@ def stored_studies(connection: Connection, ids: Iterable[str]) -> list[StoredStu
 
 def _files_of(connection: Connection, ids: Sequence[str]) -> dict[str, list[StoredFile]]:
     """What was replaced under its name is not the study's any more."""
-    wanted = select(files).where(files.c.study_id.in_(ids), files.c.place != Place.REPLACED.value)
+    wanted = select(files).where(files.c.study_id.in_(ids), files.c.place != Place.REPLACED)
     found: dict[str, list[StoredFile]] = {}
     for row in connection.execute(wanted.order_by(files.c.id)).mappings():
         file = StoredFile(
@@ -336,24 +335,45 @@ def is_stale(active: Mapping[Area, str]) -> ColumnElement[bool]:
 
 
 def conditions(filters: Filters, *, images: bool = False) -> list[ColumnElement[bool]]:
-    """Return what the filters ask of a join of studies, readings and results.
+    """Return what the filters ask of a join of readings, results and studies.
 
     With ``images`` what concerns a view (its probability, its error) is left to the views.
     """
-    wanted: list[ColumnElement[bool]] = []
-    if filters.study is not None:
-        wanted.append(_begins(studies.c.id, filters.study))
-    if filters.area is not None:
-        wanted.append(readings.c.area == filters.area)
-    if filters.state is not None:
-        wanted += _has_state(filters.state)
+    wanted = _shared_conditions(readings, filters, images=images)
+    if filters.since is not None:
+        wanted.append(readings.c.received_at >= filters.since)
+    if filters.until is not None:
+        wanted.append(readings.c.received_at < filters.until)
+    if filters.state in {State.QUEUED, State.RUNNING}:
+        wanted.append(studies.c.work == filters.state)
+    elif filters.state is not None:
+        wanted += [readings.c.state == filters.state, studies.c.work == Work.SETTLED]
     if filters.reason is not None and not images:
         wanted.append(readings.c.reason_code == filters.reason)
-    return wanted + _of_results(filters, images=images) + _of_arrival(filters)
+    return wanted
 
 
-def _of_results(filters: Filters, *, images: bool) -> list[ColumnElement[bool]]:
+def _superseded_conditions(filters: Filters, *, images: bool) -> list[ColumnElement[bool]]:
+    shown = select(readings.c.id).where(readings.c.result_id == results.c.id).exists()
+    wanted = [~shown, *_shared_conditions(results, filters, images=images)]
+    if filters.since is not None:
+        wanted.append(studies.c.received_at >= filters.since)
+    if filters.until is not None:
+        wanted.append(studies.c.received_at < filters.until)
+    if filters.state not in {None, State.DONE} or (filters.reason is not None and not images):
+        wanted.append(false())
+    return wanted
+
+
+def _shared_conditions(
+    of: Table[Any], filters: Filters, *, images: bool
+) -> list[ColumnElement[bool]]:
+    """What is asked alike of current rows (``of`` readings) and of superseded results."""
     wanted: list[ColumnElement[bool]] = []
+    if filters.study is not None:
+        wanted.append(_begins(of.c.study_id, filters.study))
+    if filters.area is not None:
+        wanted.append(of.c.area == filters.area)
     if filters.decision is not None:
         wanted.append(results.c.decision == filters.decision)
     if filters.weights is not None:
@@ -370,21 +390,6 @@ def _between(probability: ColumnElement[Any], filters: Filters) -> list[ColumnEl
     return wanted
 
 
-def _of_arrival(filters: Filters) -> list[ColumnElement[bool]]:
-    wanted: list[ColumnElement[bool]] = []
-    if filters.since is not None:
-        wanted.append(studies.c.received_at >= filters.since)
-    if filters.until is not None:
-        wanted.append(studies.c.received_at < filters.until)
-    return wanted
-
-
-def _has_state(state: State) -> list[ColumnElement[bool]]:
-    if state in {State.QUEUED, State.RUNNING}:
-        return [studies.c.work == state.value]
-    return [readings.c.state == state.value, studies.c.work == Work.SETTLED.value]
-
-
 def _begins(column: ColumnElement[str], start: str) -> ColumnElement[bool]:
     """Hexadecimal text begins with ``start``, as a range that an index can serve."""
     if not _HEX.fullmatch(start):
@@ -392,36 +397,114 @@ def _begins(column: ColumnElement[str], start: str) -> ColumnElement[bool]:
     return and_(column >= start, column < start + "g")
 
 
-def _state() -> ColumnElement[str]:
-    settled = studies.c.work == Work.SETTLED.value
-    return case((settled, readings.c.state), else_=studies.c.work)
+# ---- the statements
 
 
-def _reason() -> ColumnElement[str | None]:
-    """The code and sentence where there is one; a study in the queue tells its last error."""
+def _current(filters: Filters, *, images: bool = False) -> Select[Any]:
+    """Select the current rows; one a study and area."""
+    # Studies come last and by an outer join (each row has one): SQLite then looks them up only
+    # for rows that the filters have left, which halves a query over many results.
+    tables = readings.outerjoin(results, results.c.id == readings.c.result_id)
+    tables = tables.outerjoin(studies, studies.c.id == readings.c.study_id)
+    columns = [*_current_columns(), readings.c.area.label("sort_area")]
+    return select(*columns).select_from(tables).where(*conditions(filters, images=images))
+
+
+def _superseded(filters: Filters, *, images: bool = False) -> Select[Any]:
+    """Select the results that no current row shows any more."""
+    columns = _row_columns(
+        results,
+        state=literal(State.DONE),
+        reason=sql_cast(null(), String),
+        received_at=studies.c.received_at,
+    )
+    return (
+        select(*columns, results.c.area.label("sort_area"))
+        .select_from(results.join(studies, studies.c.id == results.c.study_id))
+        .where(*_superseded_conditions(filters, images=images))
+    )
+
+
+def _view_parts(filters: Filters) -> list[Select[Any]]:
+    """Select a row a view of the current rows, and a row a file of those without a result."""
+    error = case(
+        (views.c.error_code == "", null()), else_=views.c.error_code + ": " + views.c.error
+    )
+    of_view = (
+        views.c.source.label("image"),
+        views.c.probability.label("view_probability"),
+        views.c.logit.label("view_logit"),
+        views.c.overlay,
+        error.label("error"),
+        views.c.id.label("sort_view"),
+    )
+    wanted = _between(views.c.probability, filters)
+    current, superseded = _current(filters, images=True), _superseded(filters, images=True)
+    if filters.reason is not None:
+        its_own = views.c.error_code == filters.reason
+        current = current.where(or_(its_own, readings.c.reason_code == filters.reason))
+        superseded = superseded.where(its_own)
+    parts = [
+        part.add_columns(*of_view).join(views, views.c.result_id == results.c.id).where(*wanted)
+        for part in ([current, superseded] if filters.history else [current])
+    ]
+    return [*parts, _with_files(filters)]
+
+
+def _with_files(filters: Filters) -> Select[Any]:
+    """Select the current rows without a result, once for each file that no other row scored."""
+    of_file = (
+        files.c.source.label("image"),
+        sql_cast(null(), Float).label("view_probability"),
+        sql_cast(null(), Float).label("view_logit"),
+        sql_cast(null(), String).label("overlay"),
+        func.nullif(files.c.problem, "", type_=String).label("error"),
+        files.c.id.label("sort_view"),
+    )
+    other = readings.alias()
+    scored = (
+        select(views.c.id)
+        .join(other, other.c.result_id == views.c.result_id)
+        .where(other.c.study_id == files.c.study_id, views.c.sha256 == files.c.sha256)
+    )
+    return (
+        _current(filters)
+        .add_columns(*of_file)
+        .join(files, files.c.study_id == readings.c.study_id)
+        .where(readings.c.result_id.is_(None), files.c.place != Place.REPLACED, ~scored.exists())
+    )
+
+
+def _current_columns() -> list[ColumnElement[Any]]:
+    settled = studies.c.work == Work.SETTLED
     told = case(
-        (readings.c.state == State.DONE.value, null()),
+        (readings.c.state == State.DONE, null()),
         (readings.c.reason_code == "", null()),
         else_=readings.c.reason_code + ": " + readings.c.reason,
     )
-    return case((studies.c.work == Work.SETTLED.value, told), else_=studies.c.last_error)
+    return _row_columns(
+        readings,
+        state=case((settled, readings.c.state), else_=studies.c.work),
+        reason=case((settled, told), else_=studies.c.last_error),
+        received_at=readings.c.received_at,
+    )
 
 
 def _row_columns(
-    area: ColumnElement[str],
+    of: Table[Any],
     *,
     state: ColumnElement[str],
-    source: ColumnElement[Any],
-    reason: ColumnElement[Any],
+    reason: ColumnElement[str | None],
+    received_at: ColumnElement[datetime],
 ) -> list[ColumnElement[Any]]:
-    """Return the columns of a row in ``StudyRow``'s order, then what it is sorted by."""
+    """Return the columns of a row, in ``StudyRow``'s order."""
     return [
-        studies.c.id.label("study"),
+        of.c.study_id.label("study"),
         func.coalesce(results.c.digest, studies.c.digest).label("digest"),
         results.c.revision.label("revision"),
         state.label("state"),
-        func.nullif(area, "", type_=String).label("area"),
-        source.label("area_source"),
+        func.nullif(of.c.area, "", type_=String).label("area"),
+        of.c.area_source,
         results.c.logit.label("study_logit"),
         results.c.probability.label("study_probability"),
         results.c.calibrated,
@@ -435,90 +518,10 @@ def _row_columns(
         studies.c.study_uid,
         studies.c.accession,
         studies.c.source,
-        studies.c.received_at,
+        received_at.label("received_at"),
         results.c.scored_at,
         reason.label("reason"),
     ]
-
-
-def _current(filters: Filters, *, images: bool = False) -> Select[Any]:
-    """Select the current rows; one a study and area."""
-    columns = _row_columns(
-        readings.c.area, state=_state(), source=readings.c.area_source, reason=_reason()
-    )
-    tables = readings.join(studies).outerjoin(results, results.c.id == readings.c.result_id)
-    if images:
-        tables = tables.join(views, views.c.result_id == results.c.id)
-    chosen = select(*columns) if images else select(*columns, readings.c.area.label("sort_area"))
-    return chosen.select_from(tables).where(*conditions(filters, images=images))
-
-
-def _superseded(filters: Filters, *, images: bool = False) -> Select[Any]:
-    """Select the results that no current row shows any more."""
-    columns = _row_columns(
-        results.c.area,
-        state=literal(State.DONE.value),
-        source=results.c.area_source,
-        reason=sql_cast(null(), String),
-    )
-    tables = results.join(studies, studies.c.id == results.c.study_id)
-    if images:
-        tables = tables.join(views, views.c.result_id == results.c.id)
-    shown = select(readings.c.id).where(readings.c.result_id == results.c.id).exists()
-    wanted = [~shown, *_of_results(filters, images=images), *_of_arrival(filters)]
-    if filters.study is not None:
-        wanted.append(_begins(studies.c.id, filters.study))
-    if filters.area is not None:
-        wanted.append(results.c.area == filters.area)
-    if filters.state not in {None, State.DONE} or (filters.reason is not None and not images):
-        wanted.append(false())
-    chosen = select(*columns) if images else select(*columns, results.c.area.label("sort_area"))
-    return chosen.select_from(tables).where(*wanted)
-
-
-def _with_views(rows: Select[Any], filters: Filters) -> Select[Any]:
-    error = case(
-        (views.c.error_code == "", null()), else_=views.c.error_code + ": " + views.c.error
-    )
-    wanted = _between(views.c.probability, filters)
-    if filters.reason is not None:
-        wanted.append(views.c.error_code == filters.reason)
-    return rows.add_columns(
-        views.c.source.label("image"),
-        views.c.probability.label("view_probability"),
-        views.c.logit.label("view_logit"),
-        views.c.overlay,
-        error.label("error"),
-        results.c.area.label("sort_area"),
-        views.c.id.label("sort_view"),
-    ).where(*wanted)
-
-
-def _with_files(filters: Filters) -> Select[Any]:
-    """Select a row for each file of the current rows that have no result."""
-    columns = _row_columns(
-        readings.c.area, state=_state(), source=readings.c.area_source, reason=_reason()
-    )
-    tables = (
-        readings.join(studies)
-        .outerjoin(results, results.c.id == readings.c.result_id)
-        .join(files, files.c.study_id == studies.c.id)
-    )
-    wanted = conditions(filters)
-    return (
-        select(
-            *columns,
-            files.c.source.label("image"),
-            sql_cast(null(), Float).label("view_probability"),
-            sql_cast(null(), Float).label("view_logit"),
-            sql_cast(null(), String).label("overlay"),
-            func.nullif(files.c.problem, "", type_=String).label("error"),
-            readings.c.area.label("sort_area"),
-            files.c.id.label("sort_view"),
-        )
-        .select_from(tables)
-        .where(readings.c.result_id.is_(None), files.c.place != Place.REPLACED.value, *wanted)
-    )
 
 
 def _study_row(row: Any) -> StudyRow:

@@ -106,7 +106,6 @@ studies = Table(
     "studies",
     metadata,
     _Studies,
-    Index(None, "received_at", "id"),
     Index(None, "work", "rerun", "received_at"),
     Index(None, "kind", "key"),
     Index(None, "study_uid"),
@@ -183,6 +182,7 @@ class _Readings(TypedColumns):
     id: Named[int] = Column(_Id, primary_key=True)
     study_id: Named[str] = Column(ForeignKey("studies.id"))
     area: Named[str]  # "" where it is not known, so that the constraint below holds
+    received_at: Named[datetime] = Column(UtcDateTime)  # the study's: rows are read in this order
     state: Named[str]  # how the last pass ended; studies.work says what is under way
     reason_code: Named[str]
     reason: Named[str] = Column(CleanText)
@@ -197,6 +197,7 @@ readings = Table(
     metadata,
     _Readings,
     UniqueConstraint("study_id", "area"),
+    Index(None, "received_at", "study_id", "area"),
     Index(None, "state", "area"),
 )
 

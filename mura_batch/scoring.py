@@ -166,7 +166,7 @@ class Scorer:
             self._changed.notify_all()
 
     def submit(self, card: Card, pixels: Luminance) -> Future[ViewScore]:
-        """Hand in an announced view's network input (uint8, size × size); return its score's future.
+        """Hand in an announced view's network input (uint8, size × size) for a score to come.
 
         The future raises what loading the weights raised, ``Transient`` where memory ran out
         even for one view, or ``Rejected`` where the network gave no finite number.

@@ -194,7 +194,7 @@ class Store(Results):
             gone = and_(readings.c.study_id == outcome.study_id, readings.c.area.not_in(areas))
             connection.execute(delete(readings).where(gone))
             for reading, result in placed:
-                _show(connection, outcome, reading, result)
+                _show(connection, outcome, row["received_at"], reading, result)
             _note_problems(connection, outcome)
             for what, detail in outcome.events:
                 _log(connection, outcome.at, what, detail, outcome.study_id)
@@ -382,6 +382,7 @@ def _new_study(connection: Connection, claim: ClaimRecord) -> str:
         insert(readings).values(
             study_id=study,
             area="",
+            received_at=claim.received_at,
             state=State.QUEUED,
             reason_code="",
             reason="",
@@ -510,11 +511,16 @@ def _settle(connection: Connection, study: str, *, fresh: bool) -> None:
 
 
 def _show(
-    connection: Connection, outcome: StudyOutcome, reading: ReadingOutcome, result: int | None
+    connection: Connection,
+    outcome: StudyOutcome,
+    received_at: datetime,
+    reading: ReadingOutcome,
+    result: int | None,
 ) -> None:
     """Make the current row of a study and area."""
     area = reading.area or ""
     values = {
+        "received_at": received_at,
         "state": reading.state,
         "reason_code": reading.reason_code,
         "reason": reading.reason,

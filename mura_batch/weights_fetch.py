@@ -69,7 +69,7 @@ FIRST_USE = Patience(silence=4.0, attempts=1)
 on is not cut off."""
 
 
-class _Again(Exception):  # noqa: N818 - a signal between two functions here, no error to report
+class _Again(Exception):
     """This connection is of no more use; another one may be."""
 
 
@@ -107,10 +107,15 @@ def fetch(
             card = import_checkpoint(target, facts, store)
         finally:
             target.unlink(missing_ok=True)
-    active = store.active(area)
-    if active is None or active.origin in {"bundled", "published"}:
-        store.activate(area, card.sha256)
+    _use_unless_own(card, store)
     return card
+
+
+def _use_unless_own(card: Card, store: WeightsStore) -> None:
+    """Activate ``card`` unless its area runs on weights that the site made or chose itself."""
+    active = store.active(card.area)
+    if active is None or active.origin in {"bundled", "published"}:
+        store.activate(card.area, card.sha256)
 
 
 def download(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import struct
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from mura_batch.errors import UnreadableImage
 from mura_batch.radiograph import read_luminance
@@ -27,6 +25,7 @@ from mura_batch.study import SourceFile, peek, read_study
 DATA = Path(__file__).parent / "data"
 SAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
 FILM = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+EXPLICIT = "1.2.840.10008.1.2.1"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 JPEG_2000 = "1.2.840.10008.1.2.4.90"
 JPEG_LS = "1.2.840.10008.1.2.4.80"
@@ -48,12 +47,14 @@ def film_png() -> bytes:
 
 def jpeg_claiming(width: int, height: int) -> bytes:
     content = bytearray((DATA / "hand_grey.jpg").read_bytes())
-    at = next(i for i in range(len(content)) if content[i : i + 2] in {b"\xff\xc0", b"\xff\xc2"})
+    at = next(
+        i for i in range(len(content)) if bytes(content[i : i + 2]) in {b"\xff\xc0", b"\xff\xc2"}
+    )
     content[at + 5 : at + 9] = struct.pack(">HH", height, width)
     return bytes(content)
 
 
-def dicom(folder: Path, syntax: str = "1.2.840.10008.1.2.1", **elements: object) -> bytes:
+def dicom(folder: Path, syntax: str = EXPLICIT, **elements: object) -> bytes:
     return made_dicom.write(folder / "made", FILM, syntax, **elements).read_bytes()
 
 
@@ -64,8 +65,12 @@ def without_syntax(folder: Path) -> bytes:
 
 
 def with_syntax(content: bytes, old: str, new: str) -> bytes:
-    raw = old.encode() + b"\0" * (len(old) % 2)
-    return content.replace(raw, new.encode().ljust(len(raw), b"\0"), 1)
+    before, after = (
+        b"UI" + struct.pack("<H", len(uid) + len(uid) % 2) + uid.encode() + b"\0" * (len(uid) % 2)
+        for uid in (old, new)
+    )
+    assert content.count(before) == 1
+    return content.replace(before, after)
 
 
 def nested(depth: int) -> bytes:
@@ -76,16 +81,15 @@ def nested(depth: int) -> bytes:
 
 
 def deflate_bomb(folder: Path) -> bytes:
-    """A header that claims a small film, and a deflate stream of 2 GB behind it."""
-    content = dicom(folder)
+    """A header that claims more than a deflate stream of a gigabyte of zeros holds."""
+    content = renamed_size(dicom(folder, NumberOfFrames=16), 8000, 6000)
     start = content.index(b"\x08\x00\x16\x00UI")
-    meta = with_syntax(content[:start], "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1")
-    meta = meta.replace(b"UI\x14\x001.2.840.10008.1.2.1\0", b"UI\x16\x00" + DEFLATED.encode())
-    body = content[start:].replace(struct.pack("<H", 64) + b"\x28\x00\x11", b"\x00\x20\x28\x00\x11")
+    meta = with_syntax(content[:start], EXPLICIT, DEFLATED)
+    length = content.index(b"\xe0\x7f\x10\x00OW") + 8
+    body = content[start:length] + struct.pack("<I", 0xFFFFFFFE) + content[length + 4 :]
     engine = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    packed = [engine.compress(body)] + [engine.compress(b"\0" * (1 << 24)) for _ in range(8)]
-    # The zeros of one run, again and again: a deflate stream need not be made in one go.
-    return meta + b"".join(packed) + engine.flush()
+    zeros = (engine.compress(b"\0" * (1 << 24)) for _ in range(4))
+    return meta + engine.compress(body) + b"".join(zeros) + engine.flush()
 
 
 def items_without_end() -> bytes:
@@ -151,12 +155,12 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "dicom preamble alone": ("no_pixels", lambda _: b"\0" * 128 + b"DICM"),
     "cut-off dicom": ("truncated", lambda folder: dicom(folder)[:-4000]),
     "cut-off dicom header": ("no_pixels", lambda folder: dicom(folder)[:420]),
-    "cut-off jpeg 2000 frame": ("truncated", lambda folder: dicom(folder, JPEG_2000)[:-800]),
+    "cut-off jpeg 2000 frame": ("truncated", lambda folder: dicom(folder, JPEG_2000)[:-40]),
     "cut-off deflated": ("truncated", lambda folder: dicom(folder, DEFLATED)[:-1000]),
     "compressed without transfer syntax": ("transfer_syntax", without_syntax),
     "unknown transfer syntax": (
         "transfer_syntax",
-        lambda folder: with_syntax(dicom(folder), "1.2.840.10008.1.2.1", "1.2.3.4.5"),
+        lambda folder: with_syntax(dicom(folder), EXPLICIT, "1.2.3.4.5"),
     ),
     "compressed syntax, plain pixels": (
         "transfer_syntax",
@@ -188,10 +192,10 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     ),
     "no rows": ("corrupt", lambda folder: renamed_size(dicom(folder), 0, 64)),
     "code stream larger than its header": ("corrupt", lambda folder: j2k_claiming(folder, 60000)),
-    "endless jp2 box": ("corrupt", endless_jp2),
+    "endless jp2 box": ("truncated", endless_jp2),
     "nested sequences": ("too_deep", lambda _: nested(5000)),
     "items without end": ("corrupt", lambda _: items_without_end()),
-    "deflate bomb": ("truncated", lambda folder: deflate_bomb(folder)),
+    "deflate bomb": ("truncated", deflate_bomb),
     "floating point pixels": (
         "unsupported_pixels",
         lambda folder: dicom(folder).replace(b"\xe0\x7f\x10\x00OW", b"\xe0\x7f\x08\x00OF"),
@@ -215,7 +219,7 @@ def test_a_hostile_file_is_refused_with_its_code(tmp_path, case):
     started = time.process_time()
     peek(path)
     study = read_study([SourceFile(path, path.name, "0" * 64, 1)])
-    assert len(study.views) == 1
+    assert study.views
     with pytest.raises(UnreadableImage) as caught:
         read_luminance(path)
     assert caught.value.code == code
@@ -264,7 +268,7 @@ def test_dicom_without_preamble_or_transfer_syntax_is_read(tmp_path):
     assert np.array_equal(read_luminance(bare), expected)
     # An implicit data set behind a header that says explicit: what is there is read.
     implicit = dicom(tmp_path, "1.2.840.10008.1.2")
-    bare.write_bytes(with_syntax(implicit, "1.2.840.10008.1.2\0", "1.2.840.10008.1.2"))
+    bare.write_bytes(with_syntax(implicit, "1.2.840.10008.1.2", EXPLICIT))
     assert np.array_equal(read_luminance(bare), expected)
 
 
@@ -312,7 +316,7 @@ SEEDS: list[bytes] = []
 def seeds(folder: Path) -> list[bytes]:
     if not SEEDS:
         SEEDS.extend([film_png(), (DATA / "hand_grey.jpg").read_bytes()])
-        SEEDS.extend(dicom(folder, s) for s in ("1.2.840.10008.1.2.1", DEFLATED, RLE, JPEG_LS))
+        SEEDS.extend(dicom(folder, s) for s in (EXPLICIT, DEFLATED, RLE, JPEG_LS))
         SEEDS.extend([dicom(folder, JPEG_2000), (SAMPLES / "JPGExtended.dcm").read_bytes()])
     return SEEDS
 
@@ -333,8 +337,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, data):
     for view in read_study([SourceFile(path, "film", "0" * 64, 1)]).views[:2]:
         try:
             film = read_luminance(path, view.frame)
-        except UnreadableImage as refused:
-            assert refused.code
-        else:
-            assert film.dtype == np.uint8
-            assert film.ndim == 2
+        except UnreadableImage:
+            continue
+        assert film.dtype == np.uint8
+        assert film.ndim == 2

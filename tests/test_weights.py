@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -290,7 +291,7 @@ def test_the_same_tensors_with_another_threshold_are_refused(store: WeightsStore
     card = store.require(HAND)
     assert store.add(BUNDLED_FILE, replace(card, notes="seen again")) == card
     other = replace(card, operating_points=(OperatingPoint("balanced", 0.123),))
-    with pytest.raises(WeightsRefused, match="set `threshold` in config.toml"):
+    with pytest.raises(WeightsRefused, match="set `threshold` in config"):
         store.add(BUNDLED_FILE, other)
 
 
@@ -302,7 +303,7 @@ def test_a_file_that_is_not_what_its_card_says_is_not_stored(
         store.add(BUNDLED_FILE, a_card())
     small = tmp_path / "small.safetensors"
     save_file({"classifier.bias": half_state["classifier.bias"]}, small)
-    with pytest.raises(WeightsRefused, match="missing: classifier.weight"):
+    with pytest.raises(WeightsRefused, match=r"missing: classifier\.weight"):
         store.add(small, a_card(sha256_of(small)))
     small.write_bytes(b"\xff" * 100)
     with pytest.raises(WeightsRefused, match="not a safetensors file"):
@@ -380,7 +381,7 @@ def test_changes_at_the_same_time_all_count(tmp_path: Path) -> None:
     state = json.loads((tmp_path / HAND / "active.json").read_text())
     order = [*state["history"], state["digest"]]
     assert order.count(DIGESTS[0]) == order.count(DIGESTS[1]) == rounds
-    assert all(a != b for a, b in zip(order, order[1:], strict=False))
+    assert all(a != b for a, b in pairwise(order))
 
 
 def test_listing_weights_does_not_import_torch(store: WeightsStore) -> None:
@@ -422,7 +423,9 @@ def test_tensors_that_do_not_fit_are_refused_by_name(half_state: dict[str, Tenso
 
 
 def test_of_many_wrong_names_the_first_are_named_and_the_rest_counted() -> None:
-    with pytest.raises(WeightsRefused, match="classifier.bias, classifier.weight.* and 601 more"):
+    with pytest.raises(
+        WeightsRefused, match=r"classifier\.bias, classifier\.weight.* and 601 more"
+    ):
         fitted({})
 
 
@@ -495,7 +498,7 @@ def test_what_holds_no_state_dict_is_refused() -> None:
             tensors_of(nothing)
     with pytest.raises(WeightsRefused, match="'epoch', which is no tensor"):
         tensors_of({"weights": torch.zeros(1), "epoch": 3})
-    with pytest.raises(WeightsRefused, match="classifier.bias twice"):
+    with pytest.raises(WeightsRefused, match=r"classifier\.bias twice"):
         tensors_of({"classifier.bias": torch.zeros(1), "module.classifier.bias": torch.zeros(1)})
 
 
@@ -514,8 +517,15 @@ def test_what_a_checkpoint_says_of_itself(checkpoint: object, said: dict[str, ob
 
 @pytest.mark.parametrize(
     ("named", "refused"),
-    [("XR_HAND", False), ("hand", False), ("", False), ("v2, all areas", False)]
-    + [("xr_wrist_final_best.pt", True), ("Wrist", True), ("XR_KNEE", True)],
+    [
+        ("XR_HAND", False),
+        ("hand", False),
+        ("", False),
+        ("v2, all areas", False),
+        ("xr_wrist_final_best.pt", True),
+        ("Wrist", True),
+        ("XR_KNEE", True),
+    ],
 )
 def test_a_checkpoint_for_another_area_is_refused_when_it_says_so(
     named: str, *, refused: bool
@@ -544,7 +554,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, state: dict[str, Tens
     store = WeightsStore(tmp_path / "weights")
     with pytest.raises(WeightsRefused, match="more than tensors"):
         import_checkpoint(file, Facts(area=HAND), store)
-    file.write_bytes(pickle.dumps(Hostile(marker)))
+    file.write_bytes(pickle.dumps(Hostile(marker), protocol=2))
     with pytest.raises(WeightsRefused, match="more than tensors"):
         read_restricted(file)
     assert not marker.exists()

@@ -154,7 +154,7 @@ def _bootstrap(
     if len(np.unique(labels)) < 2:  # noqa: PLR2004 - both classes are needed
         return Estimate(None, None, None)
     rng = np.random.default_rng(11)
-    draws = []
+    draws: list[float] = []
     while len(draws) < _RESAMPLES:
         chosen = rng.integers(0, len(labels), len(labels))
         if len(np.unique(labels[chosen])) == 2:  # noqa: PLR2004

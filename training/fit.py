@@ -83,7 +83,7 @@ def fit(films: list[Film], run: Path, settings: FitSettings) -> None:
             logits = network(images.contiguous(memory_format=torch.channels_last)).logit
             loss = functional.binary_cross_entropy_with_logits(logits, labels[chosen])
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
             losses.append(float(loss.detach()))

@@ -34,7 +34,6 @@ def upgrade() -> None:
     )
     op.create_index("ix_studies_digest", "studies", ["digest"])
     op.create_index("ix_studies_kind_key", "studies", ["kind", "key"])
-    op.create_index("ix_studies_received_at_id", "studies", ["received_at", "id"])
     op.create_index("ix_studies_study_uid", "studies", ["study_uid"])
     op.create_index(
         "ix_studies_work_rerun_received_at", "studies", ["work", "rerun", "received_at"]
@@ -135,6 +134,7 @@ def upgrade() -> None:
         sa.Column("id", ID, nullable=False),
         sa.Column("study_id", sa.String(), nullable=False),
         sa.Column("area", sa.String(), nullable=False),
+        sa.Column("received_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("reason_code", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=False),
@@ -146,6 +146,9 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["study_id"], ["studies.id"], name="fk_readings_study_id"),
         sa.PrimaryKeyConstraint("id", name="pk_readings"),
         sa.UniqueConstraint("study_id", "area", name="uq_readings_study_id_area"),
+    )
+    op.create_index(
+        "ix_readings_received_at_study_id_area", "readings", ["received_at", "study_id", "area"]
     )
     op.create_index("ix_readings_result_id", "readings", ["result_id"])
     op.create_index("ix_readings_state_area", "readings", ["state", "area"])

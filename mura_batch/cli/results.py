@@ -122,14 +122,11 @@ def _print_json(rows: Iterator[StudyRow] | Iterator[ImageRow]) -> None:
 
 
 def _print_csv(rows: Iterator[StudyRow] | Iterator[ImageRow], *, images: bool) -> None:
-    from mura_batch.export import csv_safe
+    from mura_batch.export import write_csv
     from mura_batch.records import IMAGE_FIELDS, STUDY_FIELDS
 
-    names = IMAGE_FIELDS if images else STUDY_FIELDS
-    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: csv_safe(value) for name, value in row.to_dict().items()})
+    fields = IMAGE_FIELDS if images else STUDY_FIELDS
+    write_csv((row.to_dict() for row in rows), fields, sys.stdout)
 
 
 def _print_table(rows: Iterator[StudyRow] | Iterator[ImageRow], *, images: bool) -> None:
@@ -178,13 +175,13 @@ def export(ctx: click.Context, /, file: Path, level: str, history: bool, **given
     """
     from dataclasses import replace
 
-    from mura_batch.export import export_results
+    from mura_batch.export import export as write_export
     from mura_batch.results import Results
 
     chosen = replace(filters(given), history=history)
     cli.notice()
     with Results.open(cli.settings(ctx).database_url) as results:
-        count = export_results(results, chosen, file, images=level == "image")
+        count = write_export(results, file, chosen, "image" if level == "image" else "study")
     click.echo(f"{count} rows written to {file}", err=True)
 
 

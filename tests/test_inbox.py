@@ -1,0 +1,545 @@
+"""The inbox: real folders and files, a fake clock, and hints that fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from watchdog.observers.api import BaseObserver
+
+import mura_batch.inbox
+from mura_batch.config import Settings
+from mura_batch.custody import Candidate, Custody, FoundFile
+from mura_batch.inbox import Inbox, Wakeup
+from mura_batch.study import Kind, Peek, peek
+
+SAMPLES = Path(mura_batch.inbox.__file__).parent / "samples"
+PNG = (SAMPLES / "elbow_lateral.png").read_bytes()
+DICOM = SAMPLES / "DICOM" / "IM0001"
+
+
+class Box:
+    """An inbox under test; its clock goes on when told to."""
+
+    def __init__(
+        self, home: Path, *, seen: Callable[[FoundFile], bool] | None = None, **changes: object
+    ) -> None:
+        self.settings = Settings(home=home, **{"settle_max_seconds": 60.0, **changes})
+        self.root = self.settings.inbox_dir
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.now = 100.0
+        self.inbox = Inbox(self.settings, clock=lambda: self.now, seen=seen)
+
+    def put(self, name: str, content: bytes = PNG) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    def put_dicom(self, name: str, uid: str) -> Path:
+        dataset = pydicom.dcmread(DICOM)
+        dataset.StudyInstanceUID = uid
+        path = self.put(name)
+        dataset.save_as(path)
+        return path
+
+    def scan(self, after: float = 0.0) -> list[Candidate]:
+        self.now += after
+        return self.inbox.scan()
+
+    def units(self) -> dict[tuple[Kind, str], list[str]]:
+        """Everything, after it has settled: unit to file names."""
+        self.scan()
+        return {(c.kind, c.key): [f.name for f in c.files] for c in self.scan(after=2)}
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Box:
+    return Box(tmp_path)
+
+
+# ---- find and settle
+
+
+def test_folders_renamed_in_are_found_without_any_event(box: Box, tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere"
+    for number in range(200):
+        folder = outside / f"patient{number:05}" / "study1_positive"
+        folder.mkdir(parents=True)
+        for image in (1, 2):
+            (folder / f"image{image}.png").write_bytes(b"%d %d" % (number, image))
+    for folder in outside.iterdir():
+        folder.rename(box.root / folder.name)
+    assert box.scan() == []
+    assert (box.inbox.waiting, box.scan(after=1.9)) == (200, [])
+    units = box.scan(after=0.2)
+    assert len(units) == 200
+    assert all((u.kind, len(u.files), u.settled_by) == (Kind.FOLDER, 2, "quiet") for u in units)
+    assert units[0].key.endswith("/study1_positive")
+    assert (box.inbox.waiting, box.inbox.blocked) == (0, 0)
+    custody = Custody(box.settings)
+    assert all(custody.claim(unit) for unit in units[:20])
+    assert box.scan() == []
+    assert (len(list(box.root.iterdir())), box.inbox.refused) == (180, 180)
+
+
+@pytest.mark.parametrize("change", ["size", "time", "inode", "another file", "one file less"])
+def test_every_change_starts_the_wait_anew(box: Box, change: str) -> None:
+    path = box.put("s/a.png")
+    box.put("s/b.png")
+    box.scan()
+    old = path.stat()
+    if change == "size":
+        path.write_bytes(PNG + b"!")
+        os.utime(path, ns=(old.st_mtime_ns, old.st_mtime_ns))
+    elif change == "time":
+        os.utime(path, ns=(1, 1))
+    elif change == "inode":
+        shutil.copy2(path, path.with_name(".copy"))
+        path.with_name(".copy").replace(path)
+    elif change == "another file":
+        box.put("s/c.png")
+    else:
+        path.unlink()
+    assert box.scan(after=3) == [], "it changed between two looks"
+    assert box.scan(after=1.9) == []
+    assert len(box.scan(after=0.1)) == 1
+
+
+def test_quiet_is_measured_between_looks_not_by_file_times(box: Box) -> None:
+    os.utime(box.put("old.png"), ns=(1, 1))
+    assert box.scan(after=1000) == []
+    assert len(box.scan(after=2)) == 1
+
+
+def test_growing_file_is_taken_at_the_cap_and_not_at_once_again(box: Box) -> None:
+    path = box.put("s/grows.png")
+    offered = []
+    for second in range(130):
+        with path.open("ab") as stream:
+            stream.write(b"x")
+        offered += [(second, unit.settled_by) for unit in box.scan(after=1)]
+    assert offered == [(60, "cap"), (121, "cap")]
+
+
+def test_upload_on_its_way_keeps_its_folder_waiting(box: Box) -> None:
+    box.put("s/a.png")
+    for name in ("s/.b.png.Xy12", "s/b.png.part", "s/b.tmp"):
+        for size in range(1, 4):
+            box.put(name, b"x" * size)
+            assert box.scan(after=1.5) == []
+    units = box.scan(after=2)
+    assert [f.name for f in units[0].files] == ["s/a.png"]
+
+
+def test_ready_marker_ends_the_wait_for_its_folder_and_below(box: Box) -> None:
+    box.put("now/a.png")
+    box.put("now/deep/er/b.png")
+    box.put("later/c.png")
+    box.put("d.png")
+    box.put("now/.ready", b"")
+    box.put(".ready", b"")
+    units = {(unit.key, unit.settled_by) for unit in box.scan()}
+    assert units == {("now/a.png", "ready"), ("now/deep/er", "ready")}
+    assert box.inbox.waiting == 2
+
+
+def test_dicom_study_is_ready_when_all_its_folders_are(box: Box) -> None:
+    box.put_dicom("one/1", "1.2.3")
+    box.put_dicom("two/1", "1.2.3")
+    box.put("one/.ready", b"")
+    assert box.scan() == []
+    box.put("two/.ready", b"")
+    (unit,) = box.scan()
+    assert (unit.kind, unit.key, unit.settled_by) == (Kind.DICOM, "1.2.3", "ready")
+    Custody(box.settings).claim(unit)
+    assert list(box.root.iterdir()) == []
+
+
+def test_unit_that_nobody_takes_is_offered_ever_more_rarely(box: Box) -> None:
+    box.put("a.png")
+    offered = [second for second in range(200) if box.scan(after=1)]
+    assert offered == [2, 4, 8, 16, 32, 64, 124, 184]
+    assert (box.inbox.waiting, box.inbox.refused) == (0, 1)
+    box.put("a.png", b"changed")
+    assert box.scan(after=1) == []
+    assert box.inbox.refused == 0
+    assert len(box.scan(after=2)) == 1
+
+
+def test_slow_scan_does_not_count_as_quiet_time(tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.put("a.png")
+    ticks = iter([0.0, 10.0, 10.5, 20.0, 22.5, 30.0])
+    inbox = Inbox(box.settings, clock=lambda: next(ticks))
+    assert [len(inbox.scan()) for _ in range(3)] == [0, 0, 1]
+
+
+# ---- group
+
+
+def test_studies_mixed_in_one_folder_go_by_their_uid_wherever_they_lie(box: Box) -> None:
+    box.put_dicom("flat/1", "1.2.3")
+    box.put_dicom("flat/2.dcm", "1.2.4")
+    box.put_dicom("flat/3.png", "1.2.3")
+    box.put_dicom("4", "1.2.3")
+    box.put_dicom("a/b/5", "1.2.4")
+    assert box.units() == {
+        (Kind.DICOM, "1.2.3"): ["4", "flat/1", "flat/3.png"],
+        (Kind.DICOM, "1.2.4"): ["a/b/5", "flat/2.dcm"],
+    }
+
+
+def test_folders_and_loose_files(box: Box) -> None:
+    box.put("loose.png")
+    box.put("patient/cover.jpg")
+    box.put("patient/study1/a.png")
+    box.put("patient/study1/notes.txt", b"text")
+    box.put("patient/study2/a.png")
+    (box.root / "patient" / "study2" / "empty").mkdir()
+    assert box.units() == {
+        (Kind.FILE, "loose.png"): ["loose.png"],
+        (Kind.FILE, "patient/cover.jpg"): ["patient/cover.jpg"],
+        (Kind.FOLDER, "patient/study1"): ["patient/study1/a.png", "patient/study1/notes.txt"],
+        (Kind.FOLDER, "patient/study2"): ["patient/study2/a.png"],
+    }
+
+
+def test_what_names_no_study_goes_with_the_only_dicom_study_of_its_folder(box: Box) -> None:
+    for folder in ("one", "two", "pictures"):
+        whole = box.put_dicom(f"{folder}/1.dcm", "1.2.3")
+        box.put(f"{folder}/notes.txt", b"text")
+    box.put("one/cut.dcm", whole.read_bytes()[:140])
+    box.put_dicom("two/2.dcm", "1.2.4")
+    box.put("pictures/preview.png")
+    units = box.units()
+    assert units[Kind.DICOM, "1.2.3"] == [
+        "one/1.dcm",
+        "one/cut.dcm",
+        "one/notes.txt",
+        "pictures/1.dcm",
+        "two/1.dcm",
+    ]
+    assert units[Kind.FOLDER, "two"] == ["two/notes.txt"]
+    assert units[Kind.FOLDER, "pictures"] == ["pictures/notes.txt", "pictures/preview.png"]
+
+
+def test_ignored_names_are_left_alone(tmp_path: Path) -> None:
+    box = Box(tmp_path, ignore=("DICOMDIR", "*.log"))
+    ignored = [".hidden", ".git/x.png", "a.part", "b.TMP", "c~", "DICOMDIR", "s/x.log", ".ready"]
+    for name in [*ignored, "s/a.png"]:
+        box.put(name)
+    assert box.units() == {(Kind.FOLDER, "s"): ["s/a.png"]}
+    assert all((box.root / name).exists() for name in ignored)
+
+
+parts = st.sampled_from(["a", "b", "c.png", ".d", "e.part", "f~", "DICOMDIR", "g\n"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(st.lists(parts, min_size=1, max_size=4).map("/".join), max_size=12))
+def test_every_file_belongs_to_exactly_one_unit(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    box = Box(tmp_path_factory.mktemp("tree"))
+    for name in names:
+        try:
+            box.put(name, name.encode())
+        except OSError:
+            continue  # a name is taken: by a folder, or by a file
+    expected = [
+        name
+        for folder, _, files in os.walk(box.root)
+        for name in (os.path.relpath(os.path.join(folder, f), box.root) for f in files)  # noqa: PTH118
+        if not any(part.startswith(".") for part in name.split("/"))
+        and not name.endswith((".part", "~", "DICOMDIR"))
+    ]
+    units = box.units()
+    assert sorted(file for files in units.values() for file in files) == sorted(expected)
+    folders = [key for kind, key in units if kind is Kind.FOLDER]
+    assert not any(a != b and a.startswith(b + "/") for a in folders for b in folders)
+
+
+# ---- hostile names, links and what is no file
+
+
+def test_links_and_special_files_are_units_of_their_own(box: Box, tmp_path: Path) -> None:
+    secret = tmp_path / "outside"
+    secret.mkdir()
+    (secret / "patient.png").write_bytes(PNG)
+    box.put("s/a.png")
+    (box.root / "s" / "folder").symlink_to(secret)
+    (box.root / "s" / "loop").symlink_to(box.root)
+    (box.root / "file.png").symlink_to(secret / "patient.png")
+    (box.root / "s" / "nowhere").symlink_to("not/there")
+    os.mkfifo(box.root / "s" / "fifo.png")
+    address = box.root / "socket"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.fspath(address))
+        box.scan()
+        units = {unit.key: unit for unit in box.scan(after=2)}
+    problems = {key: unit.files[0].problem for key, unit in units.items()}
+    assert problems == {
+        "s": "",
+        "s/folder": "symbolic_link",
+        "s/loop": "symbolic_link",
+        "s/nowhere": "symbolic_link",
+        "file.png": "symbolic_link",
+        "s/fifo.png": "not_a_file",
+        "socket": "not_a_file",
+    }
+    assert [file.name for file in units["s"].files] == ["s/a.png"]
+    assert all(Custody(box.settings).claim(unit) for unit in units.values())
+    assert (secret / "patient.png").read_bytes() == PNG
+    assert list(box.root.iterdir()) == []
+
+
+def test_names_of_any_bytes_are_found_and_claimed(box: Box) -> None:
+    odd = [
+        b"line\nbreak/\"quotes'.png",
+        b"\xff\xfe/\xc3\x28.png",
+        b"x" * 255,
+        b"  /tab\t;rm -rf $HOME `",
+        "Schulter/плечо 手.png".encode(),
+    ]
+    for name in odd:
+        path = os.path.join(os.fsencode(box.root), name)  # noqa: PTH118 - bytes are no Path
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120 - bytes
+        Path(os.fsdecode(path)).write_bytes(PNG)
+    box.scan()
+    units = box.scan(after=2)
+    assert sorted(os.fsencode(f.name) for unit in units for f in unit.files) == sorted(odd)
+    claims = [Custody(box.settings).claim(unit) for unit in units]
+    assert all(claim.files[0].path.read_bytes() == PNG for claim in claims)
+    assert list(box.root.iterdir()) == []
+
+
+def test_folders_that_come_and_go_do_not_stop_the_scan(box: Box) -> None:
+    stop = threading.Event()
+
+    def churn() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            box.put(f"churn{number % 7}/{number % 3}/a.png")
+            shutil.rmtree(box.root / f"churn{(number + 3) % 7}", ignore_errors=True)
+
+    box.put("s/a.png")
+    thread = threading.Thread(target=churn)
+    thread.start()
+    found = set()
+    try:
+        for _ in range(150):
+            found |= {unit.key for unit in box.scan(after=0.5)}
+    finally:
+        stop.set()
+        thread.join()
+    assert "s" in found
+
+
+def test_folder_that_cannot_be_listed_does_not_stop_the_scan(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.put("s/a.png")
+    box.put("locked/b.png")
+    really = os.scandir
+
+    def refuse(path: str) -> object:  # root, who runs many a test, would be let in
+        if path.endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert box.units() == {(Kind.FOLDER, "s"): ["s/a.png"]}
+    assert box.inbox.blocked == 1
+
+
+def test_inbox_that_is_gone_is_said_and_survived(box: Box) -> None:
+    box.put("a.png")
+    box.root.rename(box.root.with_name("unmounted"))
+    assert (box.scan(), box.inbox.blocked) == ([], 1)
+    box.root.with_name("unmounted").rename(box.root)
+    assert box.units() == {(Kind.FILE, "a.png"): ["a.png"]}
+
+
+def test_unreadable_file_stays_in_its_study_until_it_can_be_read(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.put("s/a.png")
+    box.put("s/b.png")
+    really = os.open
+    locked = True
+
+    def refuse(path: object, *args: object, **named: object) -> int:
+        if locked and os.fspath(path).endswith("b.png"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return really(path, *args, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    box.scan()
+    (unit,) = box.scan(after=2)
+    assert [f.problem for f in unit.files] == ["", "unreadable"]
+    locked = False
+    assert box.scan(after=2) == [], "it is another study now"
+    (unit,) = box.scan(after=2)
+    assert [f.problem for f in unit.files] == ["", ""]
+
+
+# ---- what a scan costs
+
+
+def test_a_file_is_opened_once_and_forgotten_when_it_goes(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counting(path: Path) -> Peek:
+        opened.append(path.name)
+        return peek(path)
+
+    monkeypatch.setattr(mura_batch.inbox, "peek", counting)
+    path = box.put("s/a.png")
+    box.put("s/b.png")
+    for _ in range(5):
+        box.scan(after=1)
+    assert sorted(opened) == ["a.png", "b.png"]
+    path.write_bytes(b"changed")
+    box.scan()
+    box.scan()
+    assert sorted(opened) == ["a.png", "a.png", "b.png"]
+    shutil.rmtree(box.root / "s")
+    box.scan()
+    assert (box.inbox._known, box.inbox._observed) == ({}, {})
+
+
+def test_read_only_inbox_asks_the_ledger_once_for_each_file(tmp_path: Path) -> None:
+    asked: list[str] = []
+    ledger: set[FoundFile] = set()
+
+    def seen(found: FoundFile) -> bool:
+        asked.append(found.name)
+        return found in ledger
+
+    box = Box(tmp_path, seen=seen, archive="leave")
+    box.put("s/a.png")
+    box.put("s/b.png")
+    box.scan()
+    (unit,) = box.scan(after=2)
+    ledger.update(unit.files)
+    assert box.scan(after=10) == []
+    box.scan(after=10)
+    assert len(asked) <= 4
+    asked.clear()
+    assert [box.scan(after=10) for _ in range(5)] == [[]] * 5
+    assert asked == []
+    box.put("s/late.png")
+    box.put("s/b.png", b"changed")
+    box.scan()
+    (unit,) = box.scan(after=2)
+    assert [f.name for f in unit.files] == ["s/b.png", "s/late.png"]
+
+    after_restart = Box(tmp_path, seen=seen, archive="leave")
+    ledger.update(unit.files)
+    assert after_restart.units() == {}
+    assert (after_restart.inbox.waiting, after_restart.inbox.refused) == (0, 0)
+
+
+def test_ledger_is_not_asked_where_files_move(tmp_path: Path) -> None:
+    box = Box(tmp_path, seen=lambda _: True)
+    box.put("a.png")
+    assert list(box.units()) == [(Kind.FILE, "a.png")]
+
+
+# ---- wake-up
+
+
+def waited(wakeup: Wakeup, most: float = 20.0) -> float:
+    started = time.monotonic()
+    wakeup.wait(most)
+    return time.monotonic() - started
+
+
+def quiet(wakeup: Wakeup) -> None:
+    """Wait until the events of what was just done have all come."""
+    while waited(wakeup, 0.5) < 0.4:
+        pass
+
+
+def test_new_files_end_the_wait_and_our_own_work_does_not(box: Box) -> None:
+    box.put("old/a.png")
+    with Wakeup(box.settings) as wakeup:
+        assert wakeup.mode == "events"
+        box.put("new.png")
+        assert waited(wakeup) < 10
+        quiet(wakeup)
+        box.scan()
+        claims = [Custody(box.settings).claim(unit) for unit in box.scan(after=2)]
+        assert len(claims) == 2
+        assert waited(wakeup, 1.5) >= 1.4, "scans and claims must not wake the next scan"
+        box.put("old/b.png")
+        assert waited(wakeup) < 10
+    assert wakeup.mode == "polling"
+
+
+def test_polling_waits_without_events_and_can_be_ended(box: Box, tmp_path: Path) -> None:
+    with Wakeup(Box(tmp_path, watch="polling").settings) as wakeup:
+        assert wakeup.mode == "polling"
+        box.put("new.png")
+        assert waited(wakeup, 0.3) >= 0.25
+        wakeup.wake()
+        wakeup.wake()
+        assert waited(wakeup) < 10
+        assert waited(wakeup, 0.3) >= 0.25
+
+
+def test_no_more_watches_means_polling(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: BaseObserver) -> None:  # what fs.inotify.max_user_watches does
+        raise OSError(errno.ENOSPC, "inotify watch limit reached")
+
+    monkeypatch.setattr(BaseObserver, "start", refuse)
+    box.put("a.png")
+    with Wakeup(box.settings) as wakeup:
+        assert wakeup.mode == "polling"
+        assert waited(wakeup, 0.2) >= 0.15
+        assert len(box.units()) == 1
+
+
+def test_missing_inbox_means_polling(box: Box) -> None:
+    box.root.rmdir()
+    with Wakeup(box.settings) as wakeup:
+        assert wakeup.mode == "polling"
+
+
+def test_dead_observer_costs_only_latency(box: Box) -> None:
+    with Wakeup(box.settings) as wakeup:
+        assert wakeup._observer is not None
+        wakeup._observer.stop()
+        wakeup._observer.join()
+        box.put("a.png")
+        wakeup.wait(0.2)
+        assert wakeup.mode == "polling"
+        assert len(box.units()) == 1
+
+
+def test_exception_in_the_handler_costs_only_latency(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with Wakeup(box.settings) as wakeup:
+        assert wakeup._observer is not None
+        monkeypatch.setattr(mura_batch.inbox._Hint, "on_any_event", lambda *_: "" + 1)
+        box.put("a.png")
+        wakeup._observer.join(timeout=10)
+        wakeup.wait(0.2)
+        assert wakeup.mode == "polling"
+        assert len(box.units()) == 1

@@ -1,0 +1,233 @@
+"""Studies go in, results come out: the daemon over real films, in all the ways that matter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import made_dicom
+import numpy as np
+import pytest
+from PIL import Image
+from site_home import SAMPLES, film, make_home
+
+from mura_batch.area import Area
+from mura_batch.config import Settings
+from mura_batch.daemon import Daemon
+from mura_batch.records import Filters, ImageRow, Rerun, StudyRow
+from mura_batch.results import Results
+from mura_batch.scoring import Scorer
+from mura_batch.store import Store
+from mura_batch.weights import WeightsStore
+
+
+def save_dicom(path: Path, *, mark: int = 0, **elements) -> Path:
+    """Write the elbow film as a DICOM file; UIDs follow from the name where none is given."""
+    with Image.open(SAMPLES / "elbow_lateral.png") as picture:
+        pixels = np.asarray(picture.convert("L").resize((256, 256))).copy()
+    pixels[0, 0] = mark
+    path.parent.mkdir(parents=True, exist_ok=True)
+    uid = f"2.25.{int.from_bytes(str(path).encode()[-12:], 'big')}"
+    given = {"StudyInstanceUID": uid, "SOPInstanceUID": f"{uid}.1", "BodyPartExamined": "HAND"}
+    return made_dicom.write(path, pixels, **(given | elements))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Settings:
+    return Settings(
+        home=make_home(tmp_path / "home").path,
+        settle_seconds=0.05,
+        scan_seconds=0.05,
+        runtime="torch",
+        device="cpu",
+        retry_seconds=0.01,
+    )
+
+
+def run(site: Settings) -> list[StudyRow]:
+    Daemon(site).run(once=True)
+    return rows(site)
+
+
+def rows(site: Settings, **filters) -> list[StudyRow]:
+    with Results.open(site.database_url) as results:
+        return list(results.query(Filters(**filters)))
+
+
+def images(site: Settings, **filters) -> list[ImageRow]:
+    with Results.open(site.database_url) as results:
+        return list(results.images(Filters(**filters)))
+
+
+def kept(site: Settings, place: str) -> list[str]:
+    return sorted(f.name for f in (site.home / place).rglob("*") if f.suffix in {".png", ".dcm"})
+
+
+def test_a_folder_a_loose_image_and_a_dicom_study(site: Settings) -> None:
+    film(site.inbox_dir / "XR_WRIST/patient00011/study1_positive/image1.png", 1)
+    film(site.inbox_dir / "XR_WRIST/patient00011/study1_positive/image2.png", 2)
+    film(site.inbox_dir / "elbow.png", 3)
+    save_dicom(site.inbox_dir / "IM1", BodyPartExamined="HAND", PatientName="Doe^Jane")
+    found = {row.area: row for row in run(site)}
+    assert set(found) == {"XR_WRIST", "XR_ELBOW", "XR_HAND"}
+    wrist = found["XR_WRIST"]
+    assert (wrist.state, wrist.views, wrist.revision) == ("done", 2, 1)
+    assert (wrist.area_source, found["XR_HAND"].area_source) == ("folder", "body_part")
+    assert wrist.source == "XR_WRIST/patient00011/study1_*"
+    views = images(site, area=Area.XR_WRIST)
+    assert wrist.logit == pytest.approx(sum(view.logit for view in views) / 2)
+    assert wrist.probability == pytest.approx(sum(view.probability for view in views) / 2)
+    for view in images(site):
+        with Image.open(site.home / view.overlay) as overlay:
+            assert min(overlay.size) > 100
+    assert not list(site.inbox_dir.iterdir())
+    assert kept(site, "archive") == ["elbow.png", "image1.png", "image2.png"]
+
+
+def test_forty_single_view_studies_share_their_forward_passes(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorers: list[Scorer] = []
+    begin = Scorer.__enter__
+    monkeypatch.setattr(Scorer, "__enter__", lambda self: scorers.append(self) or begin(self))
+    for number in range(40):
+        film(site.inbox_dir / f"{number}" / "hand" / "image.png", number, size=64)
+    found = run(replace(site, batch=16, batch_seconds=60.0, overlays=False))
+    assert len(found) == 40
+    assert scorers[0].forward_calls <= 4
+
+
+def test_a_late_image_makes_a_revision_that_names_the_one_before(site: Settings) -> None:
+    film(site.inbox_dir / "XR_HAND/p1/image1.png", 1)
+    first = run(site)[0]
+    film(site.inbox_dir / "XR_HAND/p1/image2.png", 2)
+    second = run(site)[0]
+    assert (second.study, second.revision, second.views) == (first.study, 2, 2)
+    assert second.digest != first.digest
+    history = rows(site, history=True)
+    assert sorted(row.revision for row in history) == [1, 2]
+
+
+def test_the_same_images_twice_are_one_row(site: Settings) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    first = run(site)
+    film(site.inbox_dir / "again/hand.png", 1)
+    assert run(site) == first
+    assert kept(site, "archive") == ["hand.png", "hand.png"]
+    assert not kept(site, "work")
+
+
+def test_one_dicom_study_with_two_areas_is_two_rows(site: Settings) -> None:
+    uid = "1.2.3.4.5"
+    save_dicom(site.inbox_dir / "mixed/a", StudyInstanceUID=uid, BodyPartExamined="HAND")
+    save_dicom(site.inbox_dir / "mixed/b", StudyInstanceUID=uid, BodyPartExamined="ELBOW", mark=1)
+    save_dicom(
+        site.inbox_dir / "mixed/c", StudyInstanceUID="1.2.9", BodyPartExamined="HAND", mark=2
+    )
+    found = run(site)
+    assert len({row.study for row in found}) == 2
+    assert sorted(row.area for row in found if row.study_uid == uid) == ["XR_ELBOW", "XR_HAND"]
+
+
+def test_a_person_answers_where_the_evidence_does_not(site: Settings) -> None:
+    film(site.inbox_dir / "unnamed.png", 1)
+    asked = run(site)[0]
+    assert (asked.state, asked.area) == ("needs_area", None)
+    assert f"rerun {asked.study} --set-area" in asked.reason
+    assert kept(site, "work") == ["unnamed.png"]
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(studies=(asked.study,)), Area.XR_FOREARM)
+    done = run(site)
+    assert [(r.state, r.area, r.area_source) for r in done] == [("done", "XR_FOREARM", "person")]
+    assert kept(site, "archive") == ["unnamed.png"]
+
+
+def test_another_area_by_a_person_supersedes_the_first(site: Settings) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    first = run(site)[0]
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(studies=(first.study,)), Area.XR_WRIST)
+    assert [(r.area, r.revision) for r in run(site)] == [("XR_WRIST", 2)]
+
+
+def test_a_study_waits_for_weights_and_goes_on_when_they_come(site: Settings) -> None:
+    shutil.rmtree(site.weights_dir / "XR_HAND")
+    film(site.inbox_dir / "hand.png", 1)
+    film(site.inbox_dir / "elbow.png", 2)
+    states = {row.area: row for row in run(site)}
+    assert states["XR_ELBOW"].state == "done"
+    assert states["XR_HAND"].state == "no_weights"
+    assert "models fetch XR_HAND" in states["XR_HAND"].reason
+    WeightsStore(site.weights_dir).install_bundled()
+    assert {row.state for row in run(site)} == {"done"}
+
+
+def test_rerun_alone_makes_a_new_row_of_the_same_key(site: Settings) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    first = run(site)[0]
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(studies=(first.study,)))
+    second = run(site)[0]
+    assert (second.digest, second.weights, second.revision) == (first.digest, first.weights, 2)
+    assert second.logit == pytest.approx(first.logit, abs=1e-5)
+
+
+def test_one_bad_view_fails_alone(site: Settings) -> None:
+    good = film(site.inbox_dir / "hand/1.png", 1)
+    (site.inbox_dir / "hand/2.png").write_bytes(good.read_bytes()[:3000])
+    (site.inbox_dir / "hand/3.png").write_text("this is no picture")
+    row = run(site)[0]
+    assert (row.state, row.views, row.views_failed) == ("done", 3, 2)
+    assert sorted(view.image for view in images(site) if view.error) == ["hand/2.png", "hand/3.png"]
+    assert kept(site, "archive") == ["1.png"]
+    assert kept(site, "quarantine") == ["2.png", "3.png"]
+    reason = json.loads(next(site.quarantine.rglob("reason.json")).read_text())
+    assert {"code", "stage", "what_to_do"} <= reason.keys()
+
+
+def test_what_can_never_be_scored_is_quarantined_with_its_reason(site: Settings) -> None:
+    save_dicom(site.inbox_dir / "foot", BodyPartExamined="FOOT")
+    (site.inbox_dir / "hand.png").write_bytes(b"")
+    (site.inbox_dir / "wrist.png").symlink_to("/etc/hostname")
+    found = {row.source: row for row in run(site)}
+    assert {row.state for row in found.values()} == {"quarantined"}
+    assert "unsupported_area" in found["foot"].reason
+    reasons = [json.loads(f.read_text()) for f in site.quarantine.rglob("reason.json")]
+    assert len(reasons) == 3
+    assert any(path.is_symlink() for path in site.quarantine.rglob("*"))
+    assert not kept(site, "inbox")
+
+
+@pytest.mark.parametrize("archive", ["leave", "delete"])
+def test_sources_can_stay_or_go(site: Settings, archive: str) -> None:
+    site = replace(site, archive=archive)
+    film(site.inbox_dir / "hand/1.png", 1)
+    assert [row.state for row in run(site)] == ["done"]
+    assert [row.revision for row in run(site)] == [1]
+    assert kept(site, "inbox") == (["1.png"] if archive == "leave" else [])
+    assert kept(site, "archive") == kept(site, "work") == []
+    assert len(images(site)) == 1
+
+
+def test_a_passing_fault_is_tried_again(site: Settings) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    shutil.rmtree(site.overlays_dir)
+    site.overlays_dir.write_text("a file where a folder should be")
+    assert [row.state for row in run(site)] == ["queued"]
+    assert kept(site, "work") == ["hand.png"]
+    site.overlays_dir.unlink()
+    assert [row.state for row in run(site)] == ["done"]
+
+
+def test_no_patient_data_in_the_log(site: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    save_dicom(site.inbox_dir / "Doe_Jane/IM1", PatientName="Doe^Jane", PatientID="4711-X")
+    shutil.copytree(SAMPLES / "XR_HAND", site.inbox_dir / "Doe_Jane_hand")
+    with caplog.at_level(logging.DEBUG, logger="mura_batch"):
+        run(site)
+    text = caplog.text + " ".join(str(vars(record)) for record in caplog.records)
+    assert "recorded" in text
+    assert "Doe" not in text
+    assert "4711" not in text
