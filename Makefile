@@ -2,6 +2,7 @@
 #
 #   make demo     scores the sample studies and shows what comes out
 #   make test     lint, types, layering and tests
+#   make bench    speed against a plain torch and Grad-CAM script, memory, query (some minutes)
 #   make install  the environment in .venv, without running anything
 #   make lock     requirements/*.txt anew from pyproject.toml, with uv (UPGRADE=1: newer versions)
 #   make clean    removes the environment and what was built
@@ -11,7 +12,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test install lock clean
+.PHONY: demo test bench install lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +31,12 @@ test: $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+bench: $(VENV)/test.stamp
+	$(BIN)/mura-batch bench
+	$(BIN)/python tests/bench/compare.py
+	$(BIN)/python tests/bench/query.py
+	$(BIN)/python tests/bench/memory.py
 
 install: $(VENV)/run.stamp
 

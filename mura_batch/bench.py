@@ -41,7 +41,8 @@ from mura_batch.daemon import Daemon, Summary
 from mura_batch.demo import drop_samples
 from mura_batch.errors import Misconfigured, MuraError
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.radiograph import Luminance, Preprocessing, prepare, read_luminance
+from mura_batch.preprocessing import Luminance, Preprocessing, prepare
+from mura_batch.radiograph import read_luminance
 from mura_batch.runtime import Inference, load
 from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
 from mura_batch.weights import WeightsStore, load_bundled

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
 from mura_batch.config import STATUS_FILE, Settings
-from mura_batch.custody import Custody
+from mura_batch.custody import Claim, Custody
 from mura_batch.errors import Misconfigured, MuraError, Transient
 from mura_batch.inbox import Inbox, Wakeup
 from mura_batch.pipeline import Pipeline
@@ -71,6 +71,7 @@ class Daemon:
         self._stopping = threading.Event()
         self._wakeup: Wakeup | None = None
         self._next_word = 0.0
+        self._unrecorded: deque[Claim] = deque()
 
     def stop(self) -> None:
         """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
@@ -148,20 +149,34 @@ class Daemon:
             write_atomic(self._settings.home / STATUS_FILE, lambda stream: stream.write(text))
 
     def _scan(self, inbox: Inbox, custody: Custody, pipeline: Pipeline) -> int:
-        """Claim what is complete; return how many claims were made."""
-        claimed = 0
+        """Claim what is complete and record it; return how many claims were recorded."""
+        recorded = self._record(pipeline)
         for candidate in inbox.scan():
             if self._stopping.is_set():
                 break
             try:
                 claim = custody.claim(candidate)
-                if claim is not None:
-                    pipeline.receive(claim)
-                    claimed += 1
             except Transient as exc:
                 log.warning("could not be claimed, will be tried again", extra={"why": str(exc)})
+            else:
+                if claim is not None:
+                    self._unrecorded.append(claim)
+            recorded += self._record(pipeline)
             self._notify(ALIVE)
-        return claimed
+        return recorded
+
+    def _record(self, pipeline: Pipeline) -> int:
+        """Record the claims that are in work and not yet in the ledger; keep what fails."""
+        recorded = 0
+        while self._unrecorded:
+            try:
+                pipeline.receive(self._unrecorded[0])
+            except Transient as exc:
+                log.warning("the ledger could not be written", extra={"why": str(exc)})
+                break
+            self._unrecorded.popleft()
+            recorded += 1
+        return recorded
 
     def _feed(self, store: Store, weights: WeightsStore, pipeline: Pipeline) -> None:
         """Take queued studies and feed them to the pipeline (the feeder thread)."""

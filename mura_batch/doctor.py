@@ -313,6 +313,7 @@ def _weights(store: WeightsStore) -> Iterator[Finding]:
         yield Finding(ok=False, what=f"{problem} (`mura-batch models fetch` or `models import`).")
     if not problems:
         yield Finding(ok=True, what="All stored weights are what their cards say (sha256).")
+    running: dict[tuple[str, str, str], list[Area]] = {}
     for area in Area:
         try:
             card = store.active(area)
@@ -324,15 +325,12 @@ def _weights(store: WeightsStore) -> Iterator[Finding]:
                 what=f"{area} has no weights: run `mura-batch models fetch {area}`, or"
                 " `mura-batch init` for the bundled ones.",
             )
-        elif card.origin == "bundled":
-            yield Finding(
-                ok=True,
-                what=f"{area} runs on the bundled weights {card.short}, target {card.target};"
-                f" `mura-batch models fetch {area}` gets the published ones.",
-            )
         else:
-            told = f"{area} runs on {card.origin} weights {card.short}, target {card.target}."
-            yield Finding(ok=True, what=told)
+            running.setdefault((card.origin, card.short, card.target), []).append(area)
+    for (origin, short, target), areas in running.items():
+        told = f"{', '.join(areas)}: {origin} weights {short}, trained to find: {target}"
+        more = "; `mura-batch models fetch` gets the published ones" if origin == "bundled" else ""
+        yield Finding(ok=True, what=f"{told}{more}.")
 
 
 def _devices(settings: Settings) -> Iterator[Finding]:

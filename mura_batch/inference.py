@@ -12,7 +12,8 @@ from PIL import Image
 
 from mura_batch.area import Area
 from mura_batch.overlay import Caption, render, thumbnail
-from mura_batch.radiograph import Box, Luminance, NetworkInput, prepare, read_luminance
+from mura_batch.preprocessing import Box, Luminance, NetworkInput, prepare
+from mura_batch.radiograph import read_luminance
 from mura_batch.runtime import Runtime, load
 from mura_batch.scoring import sigmoid
 from mura_batch.weights import WeightsStore, load_bundled

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
 from mura_batch.config import NOTICE
-from mura_batch.radiograph import Box, Luminance
+from mura_batch.preprocessing import Box, Luminance
 from mura_batch.weights_card import Card
 
 LONG_SIDE: Final = 560  # pixels of a film's longer side in its picture
@@ -31,7 +31,7 @@ LONG_SIDE: Final = 560  # pixels of a film's longer side in its picture
 FIXED_BOUND: Final = 0.25
 
 Scale = Literal["fixed", "image"]
-_Greys = NDArray[np.uint8]
+_Indices = NDArray[np.uint8]  # of the palette, (h, w)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +93,7 @@ def render(
     Returns:
         A palette image (mode ``P``): film above, legend and caption below, black around.
     """
-    positive = np.maximum(evidence, 0)
+    positive = np.maximum(evidence, np.float32(0))
     peak = float(positive.max())
     bound = FIXED_BOUND if scale == "fixed" else max(peak, _SMALLEST_BOUND)
     film = _coloured(picture.pixels, _spread(positive, picture) / np.float32(bound))
@@ -144,8 +144,7 @@ def _spread(positive: NDArray[np.float32], picture: Thumbnail) -> NDArray[np.flo
     box = picture.box
     rows = _weights(len(positive), high, (box.top, box.bottom, picture.height))
     columns = _weights(positive.shape[1], wide, (box.left, box.right, picture.width))
-    spread: NDArray[np.float32] = rows @ positive @ columns.T
-    return spread
+    return (rows @ positive @ columns.T).astype(np.float32, copy=False)
 
 
 @lru_cache(maxsize=64)
@@ -160,7 +159,7 @@ def _weights(cells: int, pixels: int, span: tuple[int, int, int]) -> NDArray[np.
     near = np.clip(place, 0, cells - 1)
     lower = np.minimum(near.astype(int), max(cells - 2, 0))
     part = near - lower
-    share = part * part * (3 - 2 * part)
+    share = part**2 * (3 - 2 * part)  # smoothstep: flat at both centres
     weights = np.zeros((pixels, cells), np.float32)
     every = np.arange(pixels)
     weights[every, lower] = 1 - share
@@ -176,7 +175,7 @@ def _is_framed(picture: Thumbnail) -> bool:
     return box.left > 0 or box.top > 0 or box.right < picture.width or box.bottom < picture.height
 
 
-def _outline(film: _Greys, picture: Thumbnail) -> None:
+def _outline(film: _Indices, picture: Thumbnail) -> None:
     """Dash the edges of the box that lie inside the film."""
     high, wide = film.shape
     box = picture.box
@@ -190,7 +189,7 @@ def _outline(film: _Greys, picture: Thumbnail) -> None:
         _dash(film[rows, edge])
 
 
-def _dash(line: _Greys) -> None:
+def _dash(line: _Indices) -> None:
     dashes = np.arange(len(line)) % 12
     line[dashes < 6] = _grey(190)  # noqa: PLR2004 - half of each twelve pixels
     line[(dashes == 6) | (dashes == 11)] = 0  # noqa: PLR2004 - dark ends show on bright bone
@@ -234,8 +233,14 @@ def _grey(luminance: int) -> int:
 
 
 @cache
-def _grey_table() -> _Greys:
+def _grey_table() -> _Indices:
     return np.array([_grey(luminance) for luminance in range(256)], np.uint8)
+
+
+def _greys(luminance: Luminance | Image.Image) -> _Indices:
+    """Return grey indices of luminance."""
+    indices: _Indices = _grey_table()[np.asarray(luminance)]
+    return indices
 
 
 @cache
@@ -248,9 +253,9 @@ def _dither() -> NDArray[np.float32]:
     return np.tile((matrix.astype(np.float32) + 0.5) / 64, (tiles, tiles))
 
 
-def _coloured(pixels: Luminance, heat: NDArray[np.float32]) -> _Greys:
+def _coloured(pixels: Luminance, heat: NDArray[np.float32]) -> _Indices:
     """Return palette indices (h, w) of luminance under ``heat``, where 0 is none and 1 the top."""
-    film = _grey_table()[pixels]
+    film = _greys(pixels)
     rows = np.flatnonzero(heat.max(axis=1) > 0)
     if len(rows):
         part = slice(rows[0], rows[-1] + 1)
@@ -258,7 +263,7 @@ def _coloured(pixels: Luminance, heat: NDArray[np.float32]) -> _Greys:
     return film
 
 
-def _colour(film: _Greys, pixels: Luminance, heat: NDArray[np.float32]) -> None:
+def _colour(film: _Indices, pixels: Luminance, heat: NDArray[np.float32]) -> None:
     high, wide = film.shape
     dither = _dither()[:high, :wide]
     step = np.minimum(heat * np.float32(_STEPS) + dither, _STEPS).astype(np.uint8)
@@ -297,14 +302,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 @lru_cache(maxsize=64)
-def _line(text: str, size: int = 14) -> _Greys:
+def _line(text: str, size: int = 14) -> _Indices:
     """Return a line of text in palette greys, ``_LINE`` high and ``_CANVAS`` wide."""
     strip = Image.new("L", (_CANVAS, _LINE))
     ImageDraw.Draw(strip).text((_MARGIN, 2), text, fill=_INK, font=_font(size))
-    return _grey_table()[np.asarray(strip)]
+    return _greys(strip)
 
 
-def _legend(bound: float, peak: float) -> _Greys:
+def _legend(bound: float, peak: float) -> _Indices:
     """Return the colour bar, and beside it the image's own largest value."""
     over = ", off the scale" if peak > bound else ""
     largest = f"largest here {peak:.3g}{over}" if peak > 0 else "nothing speaks for it"
@@ -315,7 +320,7 @@ def _legend(bound: float, peak: float) -> _Greys:
 
 
 @lru_cache(maxsize=16)
-def _colour_bar(bound: float) -> _Greys:
+def _colour_bar(bound: float) -> _Indices:
     """Return the colour bar with its unit above and its ticks below."""
     wide, high = _BAR
     strip = Image.new("L", (_CANVAS, 60))
@@ -325,7 +330,7 @@ def _colour_bar(bound: float) -> _Greys:
         x = _MARGIN + round(share * (wide - 1))
         draw.line([(x, 24 + high), (x, 27 + high)], fill=_INK)
         draw.text((x, 28 + high), f"{share * bound:.3g}", fill=_INK, font=_font(12), anchor="ma")
-    bar = _grey_table()[np.asarray(strip)]
+    bar = _greys(strip)
     heat = np.repeat(np.linspace(0, 1, wide, dtype=np.float32)[None], high, axis=0)
     bar[24 : 24 + high, _MARGIN : _MARGIN + wide] = _coloured(
         np.full((high, wide), _BAR_GREY, np.uint8), heat
@@ -333,7 +338,7 @@ def _colour_bar(bound: float) -> _Greys:
     return bar
 
 
-def _stacked(parts: list[_Greys]) -> Image.Image:
+def _stacked(parts: list[_Indices]) -> Image.Image:
     """Return the parts below each other, each centred on black, as a palette image."""
     wide = max(part.shape[1] for part in parts)
     canvas = np.zeros((sum(len(part) for part in parts) + _MARGIN, wide), np.uint8)

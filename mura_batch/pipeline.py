@@ -36,7 +36,8 @@ from mura_batch.errors import (
     WeightsRefused,
 )
 from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
-from mura_batch.radiograph import Luminance, prepare, read_luminance
+from mura_batch.preprocessing import Luminance, prepare
+from mura_batch.radiograph import read_luminance
 from mura_batch.reasons import what_to_do
 from mura_batch.records import (
     ClaimedFile,
@@ -420,31 +421,41 @@ class Pipeline:
         states = {reading.state for reading in stored.readings}
         if states & _WAITING or not states:
             return
-        lying = [f for f in stored.files if f.place in (Place.WORK, Place.QUARANTINE)]
         if states == {State.QUARANTINED}:
-            reading = stored.readings[0]
-            reason = _reason(reading.reason_code, reading.reason)
-            for claim in _claims(f for f in lying if f.place is Place.WORK):
-                self._custody.to_quarantine(stored.id, claim, reason)
-                self._store.moved(stored.id, claim, Place.QUARANTINE)
+            self._quarantine(stored)
         else:
-            self._release(stored, lying)
+            self._release(stored)
         _step("moved", study=stored.id)
 
-    def _release(self, stored: StoredStudy, lying: Sequence[StoredFile]) -> None:
+    def _quarantine(self, stored: StoredStudy) -> None:
+        """Put every file of a study that can never be scored in quarantine, with the reason."""
+        reading = stored.readings[0]
+        reason = _reason(reading.reason_code, reading.reason)
+        for claim, files in _by_claim(stored, Place.WORK).items():
+            self._custody.to_quarantine(stored.id, claim, reason)
+            self._store.moved(stored.id, claim, Place.QUARANTINE, [f.name for f in files])
+        for claim, files in _by_claim(stored, Place.INBOX).items():
+            names = [file.name for file in files]
+            self._custody.to_quarantine(stored.id, claim, reason, sources=names)
+
+    def _release(self, stored: StoredStudy) -> None:
         """Archive (or delete) a scored study's files; its unreadable ones go to quarantine."""
-        for file in lying:
-            if file.problem and file.place is Place.WORK:
+        for file in stored.files:
+            if file.problem and file.place in {Place.WORK, Place.INBOX}:
                 reason = _reason(file.problem, "this file of a scored study could not be scored")
                 self._custody.quarantine_file(stored.id, file.claim, file.name, reason)
-                self._store.moved(stored.id, file.claim, Place.QUARANTINE, [file.name])
-        for claim in _claims(f for f in lying if not f.problem):
+                if file.place is Place.WORK:
+                    self._store.moved(stored.id, file.claim, Place.QUARANTINE, [file.name])
+        for claim, files in _by_claim(stored, Place.WORK, Place.QUARANTINE).items():
+            names = [file.name for file in files if not file.problem]
+            if not names:
+                continue
             if self._settings.archive == "delete":
                 self._custody.discard(claim)
-                self._store.moved(stored.id, claim, Place.DELETED)
+                self._store.moved(stored.id, claim, Place.DELETED, names)
             else:
                 self._custody.to_archive(stored.id, claim)
-                self._store.moved(stored.id, claim, Place.ARCHIVE)
+                self._store.moved(stored.id, claim, Place.ARCHIVE, names)
 
 
 def _attempt(study_id: str, action: Callable[[], None]) -> MuraError | None:
@@ -520,8 +531,12 @@ def _reason(code: str, message: str) -> Reason:
     return Reason(code, "score", message, what_to_do(code))
 
 
-def _claims(files: Iterable[StoredFile]) -> list[str]:
-    return list(dict.fromkeys(file.claim for file in files))
+def _by_claim(stored: StoredStudy, *places: Place) -> dict[str, list[StoredFile]]:
+    found: dict[str, list[StoredFile]] = {}
+    for file in stored.files:
+        if file.place in places:
+            found.setdefault(file.claim, []).append(file)
+    return found
 
 
 def _step(name: str, **ids: str) -> None:

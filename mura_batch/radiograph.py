@@ -1,15 +1,10 @@
-"""A radiograph file to luminance, and luminance to the network's input.
-
-Preprocessing belongs to the weights: :class:`Preprocessing` travels in their card, and
-training and scoring call the same :func:`prepare`.
-"""
+"""A radiograph file, PNG, JPEG or DICOM, to luminance."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,52 +13,8 @@ from PIL import Image, ImageFile
 from mura_batch.dicom_pixels import read_dicom
 from mura_batch.errors import UnreadableImage
 from mura_batch.greyscale import eight_bits, grey_of_colour, stretched
+from mura_batch.preprocessing import Luminance
 from mura_batch.untrusted import DECODER_ERRORS, check_size, hush, opened, size_of, sniff
-
-Luminance = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class Preprocessing:
-    """How weights want their input; the default is that of the published models.
-
-    Attributes:
-        size: side of the square network input, in pixels.
-        crop: ``none`` keeps the whole film; ``foreground`` keeps what is brighter than the
-            film's background (Otsu's threshold), with a margin.
-        fit: ``squash`` resizes the kept region to the square whatever its shape; ``pad``
-            widens it to a square first, with black outside the film.
-        mean, std: per RGB channel, on a 0–1 scale.
-    """
-
-    size: int = 224
-    crop: Literal["none", "foreground"] = "none"
-    fit: Literal["squash", "pad"] = "squash"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A region of a radiograph in its pixels; it may reach outside the film."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkInput:
-    """What the network sees of one view.
-
-    Attributes:
-        pixels: uint8 luminance of shape (size, size).
-        box: the region of the radiograph that ``pixels`` show.
-    """
-
-    pixels: Luminance
-    box: Box
 
 
 def read_luminance(path: Path, frame: int = 0) -> Luminance:
@@ -87,10 +38,12 @@ def read_luminance(path: Path, frame: int = 0) -> Luminance:
             raise UnreadableImage("empty", "the file has no content: copy it again")
         if kind == "dicom":
             return read_dicom(stream, frame)
-        if kind == "other" or frame != 0:
+        if kind == "other":
             raise UnreadableImage(
                 "not_an_image", "this is no PNG, JPEG or DICOM image: remove or convert it"
             )
+        if frame != 0:
+            raise UnreadableImage("truncated", f"it has one image and no frame {frame + 1}")
         return _read_raster(stream)
 
 
@@ -218,88 +171,3 @@ def _upright(pixels: Luminance, orientation: int) -> Luminance:
     if orientation in {2, 3, 6, 7}:
         pixels = pixels[:, ::-1]
     return pixels[::-1] if orientation in {3, 4, 7, 8} else pixels
-
-
-def prepare(luminance: Luminance, spec: Preprocessing) -> NetworkInput:
-    """Return the network input for luminance of shape (H, W).
-
-    The resize is PIL's bilinear with antialiasing, so with the default ``spec`` the result is
-    bit-equal to torchvision's ``Resize((224, 224))`` on the PIL image.
-    """
-    box = _region(luminance, spec)
-    film = Image.fromarray(luminance)
-    if (box.left, box.top, box.right, box.bottom) != (0, 0, film.width, film.height):
-        film = film.crop((box.left, box.top, box.right, box.bottom))
-    resized = film.resize((spec.size, spec.size), Image.Resampling.BILINEAR)
-    return NetworkInput(np.asarray(resized), box)
-
-
-def _region(luminance: Luminance, spec: Preprocessing) -> Box:
-    height, width = luminance.shape
-    box = Box(0, 0, width, height)
-    if spec.crop == "foreground":
-        box = _foreground(luminance)
-    if spec.fit == "pad":
-        side = max(box.right - box.left, box.bottom - box.top)
-        left = (box.left + box.right - side) // 2
-        top = (box.top + box.bottom - side) // 2
-        box = Box(left, top, left + side, top + side)
-    return box
-
-
-_THUMBNAIL = 128  # pixels of the longer side: enough to find a limb
-_RIM = 0.08  # share of the film at each side where bright cassette edges lie: not looked at
-_TAIL = 0.002  # share of foreground cut off at each end: specks
-_MARGIN = 0.04  # of the longer side of the region, added all round
-
-
-def _foreground(luminance: Luminance) -> Box:
-    """Return the region of a film (H, W) that is brighter than its background."""
-    height, width = luminance.shape
-    scale = max(height, width) / _THUMBNAIL
-    small = Image.fromarray(luminance).resize(
-        (max(1, round(width / scale)), max(1, round(height / scale))), Image.Resampling.BOX
-    )
-    pixels = np.asarray(small)
-    rows, columns = (round(_RIM * side) for side in pixels.shape)
-    inner = pixels[rows : len(pixels) - rows, columns : pixels.shape[1] - columns]
-    mask = inner > otsu_threshold(inner)
-    left, right = _extent(mask.sum(axis=0), width, columns)
-    top, bottom = _extent(mask.sum(axis=1), height, rows)
-    margin = _MARGIN * max(right - left, bottom - top)
-    return Box(
-        max(0, int(left - margin)),
-        max(0, int(top - margin)),
-        min(width, int(np.ceil(right + margin))),
-        min(height, int(np.ceil(bottom + margin))),
-    )
-
-
-def _extent(profile: NDArray[np.int_], length: int, rim: int) -> tuple[float, float]:
-    """Return [first, last) of the foreground along one side of the film, in film pixels.
-
-    ``profile`` counts foreground per bin, without ``rim`` bins at each end; foreground that
-    touches the rim goes on to the film's edge.
-    """
-    cumulative = np.cumsum(profile)
-    total = int(cumulative[-1])
-    if total == 0:
-        return 0.0, float(length)
-    first = int(np.searchsorted(cumulative, _TAIL * total, side="right"))
-    last = int(np.searchsorted(cumulative, (1 - _TAIL) * total, side="left")) + 1
-    bin_size = length / (len(profile) + 2 * rim)
-    return (
-        0.0 if first == 0 else (first + rim) * bin_size,
-        float(length) if last == len(profile) else (last + rim) * bin_size,
-    )
-
-
-def otsu_threshold(pixels: Luminance) -> int:
-    """Return Otsu's threshold (IEEE Trans. SMC 9, 62–66, 1979): foreground is ``> threshold``."""
-    counts = np.bincount(pixels.ravel(), minlength=256).astype(np.float64)
-    below = np.cumsum(counts)
-    above = below[-1] - below
-    sums = np.cumsum(counts * np.arange(256))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        spread = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return int(np.nanargmax(spread)) if np.isfinite(spread).any() else 0

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mura_batch.config import Settings
 from mura_batch.errors import MuraError, Rejected, Transient
-from mura_batch.radiograph import Luminance
+from mura_batch.preprocessing import Luminance
 
 if TYPE_CHECKING:
     from mura_batch.runtime import Inference, Runtime

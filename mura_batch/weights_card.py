@@ -11,7 +11,7 @@ from typing import Literal, cast, get_args
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, WeightsRefused
-from mura_batch.radiograph import Preprocessing
+from mura_batch.preprocessing import Preprocessing
 
 Target = Literal["abnormal", "fracture"]
 Origin = Literal["bundled", "published", "imported", "trained"]

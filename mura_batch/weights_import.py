@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from mura_batch.area import Area
 from mura_batch.errors import WeightsRefused
-from mura_batch.radiograph import Preprocessing
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import WeightsStore, read_card, read_network, sha256_of
 from mura_batch.weights_card import Card, OperatingPoint, Origin, Target
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mura_batch.errors import UnreadableImage
+from mura_batch.errors import Transient, UnreadableImage
 from mura_batch.radiograph import read_luminance
 from mura_batch.study import SourceFile, peek, read_study
 
@@ -236,7 +236,7 @@ def test_hostile_files_take_little_memory(tmp_path):
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from mura_batch.errors import UnreadableImage\n"
+        "from mura_batch.errors import Transient, UnreadableImage\n"
         "from mura_batch.radiograph import read_luminance\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "before = peak()\n"
@@ -308,6 +308,15 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         with pytest.raises(UnreadableImage) as caught:
             read_luminance(path)
         assert caught.value.code == code
+
+
+def test_a_disk_that_fails_is_no_broken_image():
+    broken = Path("/proc/self/mem")  # opens like a file, and reading it is an input/output error
+    if not broken.exists():
+        pytest.skip("this system has no file whose reading fails")
+    with pytest.raises(Transient):
+        read_luminance(broken)
+    assert peek(broken).kind == "other"
 
 
 SEEDS: list[bytes] = []

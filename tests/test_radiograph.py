@@ -22,7 +22,8 @@ from pydicom.sequence import Sequence
 from torchvision.transforms import Resize
 
 from mura_batch.errors import UnreadableImage
-from mura_batch.radiograph import Preprocessing, prepare, read_luminance
+from mura_batch.preprocessing import Preprocessing, prepare
+from mura_batch.radiograph import read_luminance
 
 HERE = Path(__file__).parent
 SETTINGS = settings(

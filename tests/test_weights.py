@@ -24,7 +24,7 @@ from torch import Tensor
 from mura_batch import weights_import
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, NoWeights, WeightsRefused
-from mura_batch.radiograph import Preprocessing
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import (
     BUNDLED,
     Calibration,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
-from mura_batch.radiograph import Preprocessing
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import BUNDLED, WeightsStore, bundled_card, load_bundled, sha256_of
 from mura_batch.weights_fetch import Patience, _NoDowngrade, _use_unless_own, download, fetch
 

@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.radiograph import Preprocessing, prepare, read_luminance
+from mura_batch.preprocessing import Preprocessing, prepare
+from mura_batch.radiograph import read_luminance
 from training.dataset import Film
 
 Floats = NDArray[np.float64]

@@ -22,7 +22,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.radiograph import Preprocessing, prepare, read_luminance
+from mura_batch.preprocessing import Preprocessing, prepare
+from mura_batch.radiograph import read_luminance
 from training.dataset import Film
 
 _HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
 from mura_batch.network import EvidenceNet
-from mura_batch.radiograph import Preprocessing
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import sha256_of
 from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint
 from training.dataset import Film

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mura_batch.errors import Misconfigured
 from mura_batch.network import EvidenceNet
-from mura_batch.radiograph import Preprocessing
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.inference import Inference, OutOfMemory, Runtime
 from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mura_batch.errors import Misconfigured
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.radiograph import Preprocessing
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.inference import Inference, memory_watched
 
 

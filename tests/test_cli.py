@@ -1,0 +1,291 @@
+"""The commands as a user types them: output, exit codes, help, and what they import."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from site_home import PROGRAM, SAMPLES, Home, film, make_home
+
+from mura_batch.area import Area
+from mura_batch.cli import program
+from mura_batch.config import NOTICE
+from mura_batch.records import STUDY_FIELDS
+from mura_batch.weights import WeightsStore
+
+README = Path(__file__).parent.parent / "README.md"
+HEAVY = ("torch", "torchvision", "openvino", "pandas", "optuna", "matplotlib", "pyarrow")
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        yield (*path, name)
+
+
+ALL = sorted(commands(program))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home with a scored study, one that waits for a person and one in quarantine."""
+    made = make_home(tmp_path_factory.mktemp("cli") / "home")
+    film(made.inbox / "XR_WRIST/patient00011/study1_positive/image1.png", 1)
+    film(made.inbox / "=cmd.png", 2)
+    (made.inbox / "elbow.png").write_text("no picture")
+    done = made.command("watch", "--once")
+    assert done.returncode == 3, done.stderr
+    return made
+
+
+def rows(home: Home, *filters: str) -> list[dict[str, object]]:
+    answer = home.command("query", "--json", *filters)
+    assert answer.returncode == 0, answer.stderr
+    found: list[dict[str, object]] = json.loads(answer.stdout)
+    return found
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_every_command_has_an_example_and_is_in_the_readme(path: tuple[str, ...]) -> None:
+    command: click.Command = program
+    context = click.Context(program)
+    for name in path:
+        assert isinstance(command, click.Group)
+        found = command.get_command(context, name)
+        assert found is not None
+        command = found
+    assert f"mura-batch {' '.join(path)}" in (command.help or "") or path[-1] == "db"
+    assert f"mura-batch {' '.join(path)}" in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["query"],
+        ["query", "--json"],
+        ["status"],
+        ["models", "list"],
+        ["query", "--csv"],
+    ],
+    ids=" ".join,
+)
+def test_quick_commands_import_nothing_heavy(home: Home, arguments: list[str]) -> None:
+    check = (
+        "import sys; from mura_batch.cli import main\n"
+        f"sys.argv = ['mura-batch', *{arguments!r}]\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        f"    found = sorted(set(sys.modules) & set({HEAVY!r}))\n"
+        "    print(f'heavy: {found}', file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check],
+        env=home.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "heavy: []" in done.stderr
+
+
+def test_query_prints_the_documented_fields(home: Home) -> None:
+    found = rows(home)
+    assert {row["state"] for row in found} == {"done", "needs_area", "quarantined"}
+    assert tuple(found[0]) == STUDY_FIELDS
+    wrist = rows(home, "--area", "XR_WRIST")[0]
+    assert wrist["source"] == "XR_WRIST/patient00011/study1_*"
+    assert wrist["notice"] == NOTICE
+    assert rows(home, "--area", "XR_HAND") == []
+    views = rows(home, "--images", "--area", "XR_WRIST")
+    assert (home.path / str(views[0]["overlay"])).is_file()
+
+
+def test_query_as_csv_is_safe_for_spreadsheets(home: Home) -> None:
+    answer = home.command("query", "--csv")
+    table = list(csv.DictReader(io.StringIO(answer.stdout)))
+    assert {row["source"] for row in table} >= {"'=cmd.png"}
+
+
+def test_a_label_in_a_path_reaches_no_output(home: Home, tmp_path: Path) -> None:
+    told = [home.command("query", "--images", form).stdout for form in ("--json", "--csv")]
+    home.command("export", str(tmp_path / "all.jsonl"), "--level", "image")
+    told.append((tmp_path / "all.jsonl").read_text())
+    told += [str(path.relative_to(home.path)) for path in (home.path / "overlays").rglob("*")]
+    assert "study1_*" in "".join(told)
+    assert "positive" not in "".join(told).replace('"decision": "positive"', "")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_export_writes_every_row(home: Home, tmp_path: Path, ending: str) -> None:
+    target = tmp_path / f"results.{ending}"
+    done = home.command("export", str(target))
+    assert done.returncode == 0, done.stderr
+    assert "3 rows" in done.stderr
+    assert target.stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["query", "--state", "sleeping"], 2, "sleeping"),
+        (["rerun"], 2, "name studies"),
+        (["rerun", "zzzz"], 4, "zzzz"),
+        (["export", "results.xlsx"], 4, ".parquet"),
+        (["models", "show", "XR_HAND", "ffff"], 4, "ffff"),
+        (["models", "rollback", "XR_HAND"], 4, "XR_HAND"),
+        (["score", "/does/not/exist"], 4, "/does/not/exist"),
+        (["--home", "/proc/none", "watch", "--once"], 4, "init"),
+        (["--home", "/proc/none", "query"], 4, "db upgrade"),
+        (["query", "--since", "yesterday"], 2, "yesterday"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_that_says_what_to_do(
+    home: Home, arguments: list[str], code: int, words: str
+) -> None:
+    done = home.command(*arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    if code != 2:
+        errors = [line for line in done.stderr.splitlines() if line != NOTICE]
+        assert len(errors) == 1
+
+
+def test_verbose_adds_the_traceback(home: Home) -> None:
+    assert "Traceback" in home.command("-v", "models", "rollback", "XR_HAND").stderr
+
+
+def test_a_person_sets_the_area(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    film(home.inbox / "x.png", 1)
+    assert home.command("watch", "--once").returncode == 3
+    study = str(rows(home)[0]["study"])
+    assert home.command("rerun", study[:6], "--set-area", "XR_HAND").returncode == 0
+    assert home.command("watch", "--once").returncode == 0
+    row = rows(home)[0]
+    assert (row["state"], row["area"], row["area_source"]) == ("done", "XR_HAND", "person")
+
+
+def test_labels_are_kept(home: Home, tmp_path: Path) -> None:
+    study = str(rows(home, "--state", "done")[0]["study"])
+    assert home.command("label", "set", study, "positive").returncode == 0
+    table = tmp_path / "truth.csv"
+    table.write_text(f"study,label,area\n{study},negative,XR_WRIST\n")
+    assert home.command("label", "import", str(table)).returncode == 0
+    listed = json.loads(home.command("label", "list", "--json").stdout)
+    assert {(row["label"], row["area"]) for row in listed} == {
+        ("positive", ""),
+        ("negative", "XR_WRIST"),
+    }
+    table.write_text(f"study,label\n{study},maybe\n")
+    assert "line 2" in home.command("label", "import", str(table)).stderr
+
+
+def test_score_leaves_files_and_database_alone(home: Home, tmp_path: Path) -> None:
+    picture = film(tmp_path / "wrist.png", 9)
+    before = (picture.read_bytes(), rows(home))
+    done = home.command(
+        "score", str(picture), "--json", "--area", "XR_WRIST", "--overlay", str(tmp_path / "out")
+    )
+    assert done.returncode == 0, done.stderr
+    view = json.loads(done.stdout)[0]
+    assert 0 <= view["probability"] <= 1
+    assert view["area_source"] == "person"
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 1
+    assert (picture.read_bytes(), rows(home)) == before
+
+
+def test_score_can_save(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    folder = tmp_path / "XR_HAND"
+    film(folder / "1.png", 1)
+    film(folder / "2.png", 2)
+    assert home.command("score", str(folder), "--save").returncode == 0
+    assert [(row["area"], row["views"]) for row in rows(home)] == [("XR_HAND", 2)]
+
+
+def test_init_adds_what_is_missing_and_changes_nothing_else(tmp_path: Path) -> None:
+    home = Home(tmp_path / "new", {})
+    first = home.command("init", "--no-fetch")
+    assert first.returncode == 0, first.stderr
+    (home.path / "config.toml").write_text("batch = 4\n")
+    (home.path / "weights/XR_HAND/active.json").unlink()
+    before = (home.path / "weights/XR_WRIST/active.json").read_bytes()
+    assert home.command("init", "--no-fetch").returncode == 0
+    assert (home.path / "config.toml").read_text() == "batch = 4\n"
+    assert (home.path / "weights/XR_WRIST/active.json").read_bytes() == before
+    assert WeightsStore(home.path / "weights").active(Area.XR_HAND) is not None
+    assert home.command("status").returncode == 0
+
+
+def test_init_goes_on_with_bundled_weights_where_the_server_is_out_of_reach(
+    tmp_path: Path,
+) -> None:
+    home = Home(tmp_path / "new", {"MURA_BATCH_WEIGHTS_URL": "http://127.0.0.1:9/none"})
+    done = home.command("init")
+    assert done.returncode == 0, done.stderr
+    assert "bundled" in done.stderr
+    assert done.stdout.count("bundled") == 7
+
+
+def test_infer_prints_five_lines_and_nothing_else(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    image = SAMPLES / "elbow_lateral.png"
+    done = subprocess.run(
+        [PROGRAM.with_name("mura-infer"), "--image", image, "--area", "XR_ELBOW"],
+        env=home.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    facts = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert list(facts) == ["area", "image", "ckpt", "prob_fracture", "pred"]
+    assert facts["pred"] in {"0 (threshold=0.5)", "1 (threshold=0.5)"}
+    assert (float(facts["prob_fracture"]) >= 0.5) == facts["pred"].startswith("1")
+    assert NOTICE in done.stderr
+
+
+def test_infer_falls_back_to_bundled_weights(tmp_path: Path) -> None:
+    home = Home(tmp_path / "none", {"MURA_BATCH_WEIGHTS_URL": "http://127.0.0.1:9/none"})
+    done = subprocess.run(
+        [
+            PROGRAM.with_name("mura-infer"),
+            "--image",
+            SAMPLES / "elbow_lateral.png",
+            "--area",
+            "XR_ELBOW",
+        ],
+        env=home.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "bundled" in done.stderr
+    assert "generalist.safetensors" in done.stdout
+
+
+def test_only_one_daemon_works_in_a_home(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    daemon = home.start("watch")
+    try:
+        while not (home.path / ".daemon.json").exists():
+            assert daemon.poll() is None
+        done = home.command("watch", "--once")
+        assert (done.returncode, "another" in done.stderr) == (4, True)
+        told = json.loads(home.command("status", "--json").stdout)
+        assert told["daemon"]["pid"] == daemon.pid
+    finally:
+        daemon.terminate()
+        assert daemon.wait(60) == 0

@@ -1,0 +1,211 @@
+"""Every runtime gives torch's numbers, and says in words what it cannot do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mura_batch.area import Area
+from mura_batch.errors import Misconfigured, Transient
+from mura_batch.network import EvidenceNet, normalise
+from mura_batch.radiograph import Preprocessing
+from mura_batch.runtime import Inference, OutOfMemory, Runtime, load
+from mura_batch.runtime.inference import memory_watched
+from mura_batch.weights import load_bundled
+
+NAMES = ("torch", "openvino")
+# Not ImageNet's: a runtime that normalised by constants of its own would show.
+SPEC = Preprocessing(size=96, mean=(0.2, 0.3, 0.4), std=(0.3, 0.2, 0.25))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Torch's threads wait for each other for seconds where a machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network() -> EvidenceNet:
+    return load_bundled(Area.XR_HAND)[0]
+
+
+@pytest.fixture(scope="module")
+def runtimes() -> dict[str, Runtime]:
+    return {name: load(network(), SPEC, runtime=name, device="cpu") for name in NAMES}
+
+
+def films(count: int, size: int) -> np.ndarray:
+    """Different films: blobs of different places and brightness on noise."""
+    random = np.random.default_rng(count)
+    rows, columns = np.mgrid[:size, :size] / size
+    blobs = [
+        np.exp(-30 * ((rows - y) ** 2 + (columns - x) ** 2)) * bright
+        for y, x, bright in random.uniform((0, 0, 80), (1, 1, 255), (count, 3))
+    ]
+    noise = random.uniform(0, 40, (count, size, size))
+    return np.clip(np.array(blobs) + noise, 0, 255).astype(np.uint8)
+
+
+def plain(pixels: np.ndarray, spec: Preprocessing) -> Inference:
+    """What the network says when torch is used as in its manual."""
+    with torch.no_grad():
+        images = normalise(torch.from_numpy(pixels), spec.mean, spec.std)
+        logits, maps = network().eval()(images)
+    return Inference(logits.numpy(), maps.numpy())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("size", "count"), [(160, 3), (224, 1)])
+def test_logits_and_maps_are_those_of_the_plain_network(name: str, size: int, count: int) -> None:
+    spec, pixels = Preprocessing(size=size), films(count, size)
+    found = load(network(), spec, runtime=name, device="cpu").infer(pixels)
+    expected = plain(pixels, spec)
+    np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found.maps, expected.maps, atol=1e-4, rtol=0)
+    assert found.logits.dtype == found.maps.dtype == np.float32
+    assert found.logits.shape == (count,)
+    assert found.maps.shape == (count, size // 32, size // 32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_and_deviation_come_from_the_card(name: str, runtimes: dict[str, Runtime]) -> None:
+    pixels = films(2, SPEC.size)
+    found = runtimes[name].infer(pixels)
+    np.testing.assert_allclose(found.logits, plain(pixels, SPEC).logits, atol=1e-4, rtol=0)
+    others = plain(pixels, Preprocessing(size=SPEC.size)).logits
+    assert np.abs(found.logits - others).max() > 1e-3, "the films do not tell the two apart"
+
+
+@settings(max_examples=8, deadline=None)
+@given(order=st.lists(st.integers(0, 5), min_size=1, max_size=7), name=st.sampled_from(NAMES))
+def test_a_view_scores_the_same_in_any_company(
+    order: list[int], name: str, runtimes: dict[str, Runtime]
+) -> None:
+    pixels = films(6, SPEC.size)
+    alone, together = runtimes[name].infer(pixels), runtimes[name].infer(pixels[order])
+    np.testing.assert_allclose(together.logits, alone.logits[order], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(together.maps, alone.maps[order], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_outlive_the_next_batch(name: str, runtimes: dict[str, Runtime]) -> None:
+    first = runtimes[name].infer(films(2, SPEC.size))
+    before = first.maps.copy()
+    runtimes[name].infer(films(3, SPEC.size))
+    np.testing.assert_array_equal(first.maps, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_read_only_pixels_are_scored(name: str, runtimes: dict[str, Runtime]) -> None:
+    pixels = films(1, SPEC.size)
+    pixels.setflags(write=False)
+    assert np.isfinite(runtimes[name].infer(pixels).logits).all()
+
+
+def test_a_warm_network_says_what_it_is(runtimes: dict[str, Runtime]) -> None:
+    weights = sum(tensor.nbytes for tensor in network().state_dict().values())
+    for name, runtime in runtimes.items():
+        assert (runtime.name, runtime.device) == (name, "cpu")
+        assert runtime.nbytes >= weights
+
+
+def test_auto_on_a_cpu_is_openvino() -> None:
+    assert load(network(), SPEC, device="cpu").name == "openvino"
+
+
+@pytest.fixture
+def _no_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "mura_batch.runtime.openvino_runtime", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+
+@pytest.mark.usefixtures("_no_openvino")
+def test_auto_without_openvino_is_torch() -> None:
+    assert load(network(), SPEC, device="cpu").name == "torch"
+
+
+@pytest.mark.usefixtures("_no_openvino")
+def test_a_missing_openvino_is_named_with_its_cure() -> None:
+    with pytest.raises(Misconfigured, match=r"pip install 'mura-batch\[openvino\]'"):
+        load(network(), SPEC, runtime="openvino")
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cuda:-1", "cpu:0", "", "CPU"])
+def test_an_unknown_device_stops_with_those_that_are_there(device: str) -> None:
+    with pytest.raises(Misconfigured, match=r"auto or one of cpu"):
+        load(network(), SPEC, device=device)
+
+
+def test_an_unknown_runtime_stops() -> None:
+    with pytest.raises(Misconfigured, match=r"auto, torch or openvino"):
+        load(network(), SPEC, runtime="onnx")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_scores_like_the_cpu_and_openvino_refuses_it() -> None:
+    pixels = films(3, 160)
+    spec = Preprocessing(size=160)
+    runtime = load(network(), spec)
+    assert (runtime.name, runtime.device) == ("torch", "cuda:0")
+    np.testing.assert_allclose(
+        runtime.infer(pixels).logits, plain(pixels, spec).logits, atol=1e-2, rtol=0
+    )
+    with pytest.raises(Misconfigured, match="CPU only"):
+        load(network(), spec, runtime="openvino", device="cuda")
+
+
+def test_a_batch_beyond_all_memory_is_out_of_memory_and_may_be_tried_smaller(
+    runtimes: dict[str, Runtime],
+) -> None:
+    film = films(1, SPEC.size)
+    endless = np.lib.stride_tricks.as_strided(
+        film, (1 << 34, SPEC.size, SPEC.size), (0, SPEC.size, 1)
+    )
+    with pytest.raises(OutOfMemory, match="batch") as caught:
+        runtimes["torch"].infer(endless)
+    assert isinstance(caught.value, Transient)
+    assert runtimes["torch"].infer(film).logits.shape == (1,)
+
+
+def raise_(error: Exception) -> Callable[[], None]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.01 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("Exception from src/inference/src/cpp/core.cpp:109: std::bad_alloc"),
+    ],
+    ids=["python", "cuda", "mps", "cpu", "openvino"],
+)
+def test_the_libraries_words_for_a_full_memory_are_understood(error: Exception) -> None:
+    with pytest.raises(OutOfMemory), memory_watched(4, "cpu"):
+        raise_(error)()
+
+
+def test_another_failure_of_the_device_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="device-side assert"), memory_watched(4, "cuda:0"):
+        raise_(RuntimeError("CUDA error: device-side assert triggered"))()
+
+
+def test_a_layer_that_openvino_was_not_taught_is_refused_by_name() -> None:
+    odd = network()
+    odd.features = nn.Sequential(odd.features, nn.Hardswish())
+    with pytest.raises(NotImplementedError, match="Hardswish"):
+        load(odd, SPEC, runtime="openvino")
