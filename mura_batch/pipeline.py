@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 _steps = logging.getLogger("mura_batch.steps")
 
 _WAITING = {State.QUEUED, State.RUNNING, State.NEEDS_AREA, State.NO_WEIGHTS, State.FAILED}
+_NEVER_OPENED = {"symbolic_link", "not_a_file"}  # what a claim found; other files are read again
 _VIEWS_IN_FLIGHT = 4  # batches' worth of views between decode and overlay
 
 
@@ -123,6 +124,7 @@ class Pipeline:
         self._finishers = ThreadPoolExecutor(threads, "finish")
         self._window = threading.BoundedSemaphore(max(64, _VIEWS_IN_FLIGHT * settings.batch))
         self._in_flight = 0
+        self._untold: deque[tuple[StoredStudy, MuraError]] = deque()
         self._idle = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -168,6 +170,7 @@ class Pipeline:
 
     def feed(self, studies: Iterable[StoredStudy]) -> None:
         """Start the studies that were taken from the queue; waits where too much is in flight."""
+        self._tell()
         with self._scorer.feeding():
             for stored in studies:
                 with self._idle:
@@ -185,12 +188,26 @@ class Pipeline:
         error = _attempt(stored.id, action)
         if error is None:
             return
+        self._untold.append((stored, error))
+        self._tell()
+        self._leave(State.FAILED)
+
+    def _tell(self) -> None:
+        """Write failures to the ledger; what it does not take now is written with the next."""
+        for _ in range(len(self._untold)):
+            stored, error = self._untold.popleft()
+            trouble = _attempt(stored.id, partial(self._give_up, stored, error))
+            if trouble is not None:
+                log.error("the ledger could not be written", extra={"study": stored.id})
+                self._untold.append((stored, error))
+
+    def _give_up(self, stored: StoredStudy, error: MuraError) -> None:
+        """Try the study again later, or fail it."""
         if isinstance(error, Transient):
             self._defer(stored, error)
         else:
             code = error.code if isinstance(error, Rejected) else "misconfigured"
             self._fail(stored, code, str(error))
-        self._leave(State.FAILED)
 
     def _start(self, stored: StoredStudy) -> None:
         """Decide the areas and send every view that needs a score on its way."""
@@ -210,7 +227,7 @@ class Pipeline:
             path, problem = self._settings.home, "deleted"
         else:
             path = self._custody.locate(file.place, stored.id, file.claim, file.name)
-            problem = file.problem if file.sha256 == "" else ""
+            problem = file.problem if file.problem in _NEVER_OPENED else ""
         return SourceFile(path, file.name, file.sha256, file.size, problem)
 
     def _part_job(self, part: Part, stored: StoredStudy) -> _PartJob:

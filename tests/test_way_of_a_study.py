@@ -191,13 +191,16 @@ def test_one_bad_view_fails_alone(site: Settings) -> None:
 def test_what_can_never_be_scored_is_quarantined_with_its_reason(site: Settings) -> None:
     save_dicom(site.inbox_dir / "foot", BodyPartExamined="FOOT")
     (site.inbox_dir / "hand.png").write_bytes(b"")
-    (site.inbox_dir / "wrist.png").symlink_to("/etc/hostname")
+    outside = film(site.home / "private.png", 7)
+    (site.inbox_dir / "wrist.png").symlink_to(outside)
     found = {row.source: row for row in run(site)}
     assert {row.state for row in found.values()} == {"quarantined"}
     assert "unsupported_area" in found["foot"].reason
     reasons = [json.loads(f.read_text()) for f in site.quarantine.rglob("reason.json")]
     assert len(reasons) == 3
+    assert {reason["code"] for reason in reasons} == {"unsupported_area", "empty", "symbolic_link"}
     assert any(path.is_symlink() for path in site.quarantine.rglob("*"))
+    assert outside.is_file()
     assert not kept(site, "inbox")
 
 

@@ -51,10 +51,13 @@ class FitSettings:
     seed: int = 20
 
 
-def fit(films: list[Film], run: Path, settings: FitSettings) -> None:
+def fit(
+    films: list[Film], run: Path, settings: FitSettings, *, stop_after: int | None = None
+) -> None:
     """Train on every film outside the evaluation fold and leave ``run/network.pt``.
 
-    A run that was cut off goes on after its last whole epoch.
+    A run that was cut off goes on after its last whole epoch; ``stop_after`` cuts it off after
+    that many epochs on purpose.
     """
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
@@ -71,7 +74,8 @@ def fit(films: list[Film], run: Path, settings: FitSettings) -> None:
     steps = settings.epochs * (len(training) // settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(steps))
     first = _resume(run / "state.pt", network, optimiser, schedule)
-    for epoch in range(first, settings.epochs):
+    last = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
+    for epoch in range(first, last):
         network.train()
         rng = np.random.default_rng([settings.seed, epoch])
         small = epoch < settings.small_epochs
@@ -97,7 +101,8 @@ def fit(films: list[Film], run: Path, settings: FitSettings) -> None:
         _save(state, run / "state.pt")
         with (run / "log.csv").open("a", encoding="utf-8") as log:
             log.write(f"{epoch + 1},{np.mean(losses):.5f}\n")
-    _save(network.state_dict(), run / "network.pt")
+    if last == settings.epochs:
+        _save(network.state_dict(), run / "network.pt")
 
 
 def _prepared(films: list[Film], cache: Path, spec: Preprocessing) -> NDArray[np.uint8]:

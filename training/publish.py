@@ -67,9 +67,11 @@ def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
     held_back = [film for film in films if film.fold == settings["evaluation_fold"]]
     scores = score_exams(network, held_back, spec)
     overall = auc(scores)
-    slope, intercept = fit_calibration(scores.logits, scores.labels)
-    calibrated = 1 / (1 + np.exp(-(slope * scores.logits + intercept)))
-    points = thresholds(calibrated, scores.labels)
+    calibration = _calibration(scores)
+    values = scores.logits
+    if calibration is not None:
+        values = calibration.slope * scores.logits + calibration.intercept
+    points = thresholds(1 / (1 + np.exp(-values)), scores.labels)
     rates = cross_fitted_rates(scores)
     for area in Area:
         card = Card(
@@ -86,9 +88,7 @@ def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
                 )
                 for name in ("balanced", "high_sensitivity", "high_specificity")
             ),
-            calibration=Calibration(
-                round(slope, 5), round(intercept, 5), f"{_count(scores)}, all areas, fold 0"
-            ),
+            calibration=calibration,
             training_data=_TRAINED_ON.format(films=settings["films"], epochs=settings["epochs"]),
             metrics=_metrics(scores, overall, area),
             licence="MIT; trained on CC BY 4.0 data, attribution above",
@@ -98,6 +98,15 @@ def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
         )
         _write_card(folder / "cards" / f"{area}.json", card)
     return Published(file, overall)
+
+
+def _calibration(scores: ExamScores) -> Calibration | None:
+    """Return Platt's scaling, or None for a network that orders exams no better than chance."""
+    slope, intercept = fit_calibration(scores.logits, scores.labels)
+    if slope <= 0:
+        return None
+    fitted_on = f"{_count(scores)}, all areas, fold 0"
+    return Calibration(round(slope, 5), round(intercept, 5), fitted_on)
 
 
 def _metrics(scores: ExamScores, overall: Estimate, area: Area) -> dict[str, Metric]:

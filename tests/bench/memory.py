@@ -1,4 +1,4 @@
-"""Whether the daemon's memory stays flat: PSS of its process tree at the 200th and the 2,000th study.
+"""Whether the daemon's memory stays flat: PSS of its process tree at study 200 and at study 2,000.
 
     python tests/bench/memory.py [--studies 2000] [--early 200]
 
