@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mura_batch.custody import Candidate, Custody, FoundFile
 from mura_batch.errors import Misconfigured
 from mura_batch.inbox import Inbox
 from mura_batch.pipeline import Pipeline
-from mura_batch.records import Filters, ImageRow, Rerun, StudyRow
+from mura_batch.records import Filters, ImageRow, Rerun, StoredStudy, StudyRow
 from mura_batch.scoring import warm_scorer
 from mura_batch.store import Store
 from mura_batch.study import Kind
@@ -50,8 +51,13 @@ class Request:
     save: bool = False
 
 
-def score_paths(settings: Settings, request: Request) -> Scored:
+Track = Callable[[Sequence[StoredStudy]], Iterable[StoredStudy]]
+
+
+def score_paths(settings: Settings, request: Request, *, track: Track = iter) -> Scored:
     """Score files and folders as the daemon would, without moving them.
+
+    ``track`` passes the studies on and may show how far the work is.
 
     Folder names of a path count as evidence from where the path starts as it is given.
 
@@ -85,9 +91,15 @@ def score_paths(settings: Settings, request: Request) -> Scored:
             ]
             if request.area is not None:
                 store.rerun(Rerun(studies=tuple(studies)), request.area)
-            pipeline.feed(map(store.study, dict.fromkeys(studies)))
+            pipeline.feed(track([store.study(study) for study in dict.fromkeys(studies)]))
             pipeline.drain()
-        return _rows(store, studies)
+        scored = _rows(store, studies)
+        if request.overlays is None:
+            return scored
+        return replace(
+            scored,
+            images=tuple(_carried(row, local.home, request.overlays) for row in scored.images),
+        )
 
 
 def _candidates(settings: Settings, paths: Sequence[Path]) -> Iterator[Candidate]:
@@ -140,6 +152,17 @@ def _weights(settings: Settings, request: Request, scratch: Path) -> WeightsStor
         card = import_checkpoint(request.weights_file, Facts(area=request.area), store)
     store.activate(request.area, card.sha256)
     return store
+
+
+def _carried(row: ImageRow, home: Path, folder: Path) -> ImageRow:
+    """Copy a view's overlay into ``folder``; return its row with the new path."""
+    if row.overlay is None:
+        return row
+    source = home / row.overlay
+    target = folder / source.name
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return replace(row, overlay=str(target))
 
 
 def _rows(store: Store, studies: Sequence[str]) -> Scored:

@@ -227,7 +227,8 @@ class Pipeline:
             path, problem = self._settings.home, "deleted"
         else:
             path = self._custody.locate(file.place, stored.id, file.claim, file.name)
-            problem = file.problem if file.problem in _NEVER_OPENED else ""
+            found = file.problem.partition(": ")[0]
+            problem = found if found in _NEVER_OPENED else ""
         return SourceFile(path, file.name, file.sha256, file.size, problem)
 
     def _part_job(self, part: Part, stored: StoredStudy) -> _PartJob:
@@ -459,7 +460,8 @@ class Pipeline:
         """Archive (or delete) a scored study's files; its unreadable ones go to quarantine."""
         for file in stored.files:
             if file.problem and file.place in {Place.WORK, Place.INBOX}:
-                reason = _reason(file.problem, "this file of a scored study could not be scored")
+                code, _, message = file.problem.partition(": ")
+                reason = _reason(code, message or "this file could not be scored")
                 self._custody.quarantine_file(stored.id, file.claim, file.name, reason)
                 if file.place is Place.WORK:
                     self._store.moved(stored.id, file.claim, Place.QUARANTINE, [file.name])

@@ -214,7 +214,7 @@ class StoredFile:
     sha256: str
     size: int
     place: Place
-    problem: str
+    problem: str  # empty, or a code, a colon and a sentence
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,7 @@ def test_init_goes_on_with_bundled_weights_where_the_server_is_out_of_reach(
     done = home.command("init")
     assert done.returncode == 0, done.stderr
     assert "bundled" in done.stderr
-    assert done.stdout.count("bundled") == 7
+    assert done.stdout.count("bundled, trained") == 7
 
 
 def test_infer_prints_five_lines_and_nothing_else(tmp_path: Path) -> None:

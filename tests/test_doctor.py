@@ -136,7 +136,10 @@ def test_folders_without_the_needed_rights_are_named(open_home: Path, archive: s
     ],
 )
 def test_a_path_lies_on_the_innermost_mount_around_it(path: str, expected: Mount) -> None:
-    table = "/dev/a / ext4 rw 0 0\nh:/x /srv/inbox nfs4 rw 0 0\n//h/y /mnt/films\\040of\\040today cifs rw"
+    table = (
+        "/dev/a / ext4 rw 0 0\nh:/x /srv/inbox nfs4 rw 0 0\n"
+        "//h/y /mnt/films\\040of\\040today cifs rw 0 0\n"
+    )
     assert mount_of(Path(path), table) == expected
     assert mount_of(Path(path), table).remote == (expected.kind != "ext4")
 

@@ -15,7 +15,7 @@ from torch import nn
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.radiograph import Preprocessing
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime import Inference, OutOfMemory, Runtime, load
 from mura_batch.runtime.inference import memory_watched
 from mura_batch.weights import load_bundled

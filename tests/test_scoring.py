@@ -134,7 +134,7 @@ def test_refused_weights_reach_every_view(card: Card) -> None:
 
 
 def test_the_least_recently_used_network_goes_first(watched: Watched, card: Card) -> None:
-    from dataclasses import replace  # noqa: PLC0415 - one use
+    from dataclasses import replace
 
     loaded: list[str] = []
 
@@ -156,5 +156,3 @@ def test_leaving_scores_what_waits(watched: Watched, card: Card) -> None:
         scorer.announce(card)
         score = scorer.submit(card, views(card, 1)[0])
     assert np.isfinite(score.result(0).logit)
-
-

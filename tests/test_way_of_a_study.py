@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,7 +186,8 @@ def test_one_bad_view_fails_alone(site: Settings) -> None:
     assert kept(site, "archive") == ["1.png"]
     assert kept(site, "quarantine") == ["2.png", "3.png"]
     reason = json.loads(next(site.quarantine.rglob("reason.json")).read_text())
-    assert {"code", "stage", "what_to_do"} <= reason.keys()
+    assert {"code", "stage", "message", "what_to_do"} <= reason.keys()
+    assert {entry["code"] for entry in reason["files"]} == {"truncated", "not_an_image"}
 
 
 def test_what_can_never_be_scored_is_quarantined_with_its_reason(site: Settings) -> None:
@@ -201,6 +203,9 @@ def test_what_can_never_be_scored_is_quarantined_with_its_reason(site: Settings)
     assert {reason["code"] for reason in reasons} == {"unsupported_area", "empty", "symbolic_link"}
     assert any(path.is_symlink() for path in site.quarantine.rglob("*"))
     assert outside.is_file()
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(studies=tuple(row.study for row in found.values())))
+    assert {row.state for row in run(site)} == {"quarantined"}
     assert not kept(site, "inbox")
 
 
@@ -215,14 +220,21 @@ def test_sources_can_stay_or_go(site: Settings, archive: str) -> None:
     assert len(images(site)) == 1
 
 
-def test_a_passing_fault_is_tried_again(site: Settings) -> None:
+def test_a_passing_fault_is_tried_again_and_then_waits_for_a_person(site: Settings) -> None:
+    site = replace(site, attempts=3)
     film(site.inbox_dir / "hand.png", 1)
     shutil.rmtree(site.overlays_dir)
     site.overlays_dir.write_text("a file where a folder should be")
-    assert [row.state for row in run(site)] == ["queued"]
+    while run(site)[0].state == "queued":
+        time.sleep(0.05)
+    failed = rows(site)[0]
+    assert (failed.state, "attempts_exhausted" in failed.reason) == ("failed", True)
     assert kept(site, "work") == ["hand.png"]
     site.overlays_dir.unlink()
+    with Store.open(site.database_url) as store:
+        assert store.rerun(Rerun(failed=True)) == [failed.study]
     assert [row.state for row in run(site)] == ["done"]
+    assert kept(site, "archive") == ["hand.png"]
 
 
 def test_no_patient_data_in_the_log(site: Settings, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,8 @@ def init(ctx: click.Context, fetch: bool) -> None:
     On an existing home it adds what is missing and changes nothing else.
 
     \b
-    mura-batch --home /srv/mura init
+    mura-batch init
+    mura-batch --home /srv/mura init --no-fetch
     """
     from mura_batch import database
     from mura_batch.weights import WeightsStore

@@ -79,6 +79,8 @@ def score(
     """
     from dataclasses import replace
 
+    from tqdm import tqdm
+
     from mura_batch.direct import Request, score_paths
 
     settings = cli.settings(ctx)
@@ -97,6 +99,7 @@ def score(
             overlays=overlay,
             save=save,
         ),
+        track=lambda studies: tqdm(studies, desc="scoring", unit="study", disable=None),
     )
     _print_scored(scored, as_json=as_json)
     if any(row.state != "done" for row in scored.studies):
