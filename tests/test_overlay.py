@@ -174,12 +174,12 @@ def test_scaled_to_the_image_only_shares_of_its_own_peak_count() -> None:
     assert np.abs(weak - fixed).max() > 20
 
 
-def test_more_evidence_is_brighter_and_warmer_all_along_the_scale() -> None:
+def test_more_evidence_is_redder_and_further_from_grey_all_along_the_scale() -> None:
     film = limb(300, 200)
     values = np.linspace(0.02, FIXED_BOUND, 8)
     colours = np.array([mean_colour(film, value, 5) for value in values])
-    warmth = colours[:, 0] + colours[:, 1] - colours[:, 2]
-    assert (np.diff(warmth) > 0).all()
+    assert (np.diff(colours[:, 0]) > 2).all()
+    assert (np.diff(np.linalg.norm(colours - 120, axis=1)) > 2).all()
 
 
 def test_above_the_scale_the_film_still_shows_through_and_the_legend_tells() -> None:
