@@ -18,6 +18,7 @@ import struct
 import tempfile
 import threading
 import time
+import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,6 @@ import numpy as np
 import pydicom
 import torch
 from numpy.typing import NDArray
-from pydicom.uid import generate_uid
 
 from mura_batch import database
 from mura_batch.area import Area
@@ -472,6 +472,7 @@ def _set_apart(file: Path, word: str) -> None:
         with pydicom.dcmread(io.BytesIO(content)) as film:
             for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
                 if keyword in film:
-                    setattr(film, keyword, generate_uid(None, [film[keyword].value, word]))
+                    apart = uuid.uuid5(uuid.NAMESPACE_OID, f"{film[keyword].value} {word}")
+                    setattr(film, keyword, f"2.25.{apart.int}")
             film.file_meta.MediaStorageSOPInstanceUID = film.SOPInstanceUID
             film.save_as(file)

@@ -59,7 +59,8 @@ class Home:
         found: Counter[str] = Counter()
         for place in ("inbox", "work", "archive", "quarantine"):
             for file in (self.path / place).rglob("*"):
-                if file.is_file() and file.name not in BOOKKEEPING:
+                partial = file.name.startswith(".") and file.suffix == ".tmp"  # of write_atomic
+                if file.is_file() and not partial and file.name not in BOOKKEEPING:
                     found[sha256(file)] += 1
         return found
 
