@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,8 +19,8 @@ def training() -> None:
 @training.command()
 @click.argument("data", type=_FOLDER)
 @click.argument("run", type=_FOLDER)
-@click.option("--epochs", type=click.IntRange(min=1), default=12, show_default=True)
-def fit(data: Path, run: Path, epochs: int) -> None:
+@click.option("--bf16", is_flag=True, help="Forward passes in bfloat16: for CPUs with AVX-512 BF16.")
+def fit(data: Path, run: Path, *, bf16: bool) -> None:
     """Train one network on the FracAtlas folder DATA; a run that was cut off goes on.
 
     \b
@@ -30,7 +29,7 @@ def fit(data: Path, run: Path, epochs: int) -> None:
     from training.fit import FitSettings  # noqa: PLC0415 - torch only where it is needed
     from training.fit import fit as fit_network  # noqa: PLC0415
 
-    fit_network(read_fracatlas(data), run, replace(FitSettings(), epochs=epochs))
+    fit_network(read_fracatlas(data), run, FitSettings(bf16=bf16))
 
 
 @training.command()

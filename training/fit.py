@@ -34,16 +34,16 @@ class FitSettings:
     """What a run is made of; the same settings and films repeat it.
 
     Attributes:
-        small_size, small_epochs: the first epochs see smaller inputs, which cost half the
-            time; the last ones see the size that scoring will use.
+        epochs: (input size, epochs) one after the other: small inputs cost a fraction of the
+            time, the last ones have the size that scoring will use.
+        bf16: forward passes in bfloat16 (autocast), twice as fast on CPUs with AVX-512 BF16.
     """
 
     preprocessing: Preprocessing = field(
-        default_factory=lambda: Preprocessing(size=160, crop="foreground", fit="pad")
+        default_factory=lambda: Preprocessing(size=224, crop="foreground", fit="pad")
     )
-    epochs: int = 12
-    small_epochs: int = 9
-    small_size: int = 128
+    epochs: tuple[tuple[int, int], ...] = ((128, 12), (160, 8), (224, 4))
+    bf16: bool = False
     batch: int = 16
     rate: float = 1e-3
     weight_decay: float = 0.05
@@ -62,8 +62,7 @@ def fit(
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     training = [film for film in films if film.fold != settings.evaluation_fold]
-    final = settings.preprocessing
-    pixels = _prepared(training, run / "films.npy", final)
+    pixels = _prepared(training, run / "films.npy", settings.preprocessing)
     labels = torch.tensor([float(film.label) for film in training])
     (run / "run.json").write_text(json.dumps({**asdict(settings), "films": len(training)}))
 
@@ -71,22 +70,23 @@ def fit(
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
     )
-    steps = settings.epochs * (len(training) // settings.batch)
+    sizes = [size for size, epochs in settings.epochs for _ in range(epochs)]
+    steps = len(sizes) * (len(training) // settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(steps))
     first = _resume(run / "state.pt", network, optimiser, schedule)
-    last = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
+    last = len(sizes) if stop_after is None else min(stop_after, len(sizes))
     for epoch in range(first, last):
         network.train()
         rng = np.random.default_rng([settings.seed, epoch])
-        small = epoch < settings.small_epochs
-        spec = replace(settings.preprocessing, size=settings.small_size) if small else final
+        spec = replace(settings.preprocessing, size=sizes[epoch])
         losses = []
         batches = _batches(len(training), settings.batch, rng)
         total = len(training) // settings.batch
         for chosen in tqdm(batches, total=total, desc=f"epoch {epoch + 1}", disable=None):
             images = _augment(torch.from_numpy(pixels[chosen]), spec, rng)
-            logits = network(images.contiguous(memory_format=torch.channels_last)).logit
-            loss = functional.binary_cross_entropy_with_logits(logits, labels[chosen])
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+                logits = network(images.contiguous(memory_format=torch.channels_last)).logit
+            loss = functional.binary_cross_entropy_with_logits(logits.float(), labels[chosen])
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimiser.step()
@@ -101,7 +101,7 @@ def fit(
         _save(state, run / "state.pt")
         with (run / "log.csv").open("a", encoding="utf-8") as log:
             log.write(f"{epoch + 1},{np.mean(losses):.5f}\n")
-    if last == settings.epochs:
+    if last == len(sizes):
         _save(network.state_dict(), run / "network.pt")
 
 

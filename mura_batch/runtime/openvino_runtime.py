@@ -8,15 +8,21 @@ carried over node by node, in well under a second; the tests hold the result to 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
-import openvino
 import torch
 from numpy.typing import NDArray
-from openvino import opset13 as op
 from torch import fx, nn
+
+# `import openvino` would fork this process to tell a vendor's server of the import; without
+# this package it goes on in silence.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # means: not there
+
+import openvino  # noqa: E402
+from openvino import opset13 as op  # noqa: E402
 
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
@@ -43,30 +49,30 @@ class OpenVinoRuntime:
     def __init__(self, network: EvidenceNet, spec: Preprocessing) -> None:
         with memory_watched(0, self.device):
             model = openvino_model(network, spec)
-            compiled = openvino.Core().compile_model(model, "CPU", SETTINGS)
-            self._queue = openvino.AsyncInferQueue(compiled)
-        self._queue.set_callback(_collect)
+            self._compiled = openvino.Core().compile_model(model, "CPU", SETTINGS)
+        self._requests: list[Any] = []
         self.nbytes: Final = _KEPT * sum(t.nbytes for t in network.state_dict().values())
 
     def infer(self, pixels: NDArray[np.uint8]) -> Inference:
-        """Score luminance of shape (N, S, S); see :class:`mura_batch.runtime.Runtime`."""
-        done: dict[int, Inference] = {}
+        """Score luminance of shape (N, S, S); see :class:`mura_batch.runtime.Runtime`.
+
+        Every view has a request of its own, all are queued at once, and none calls back into
+        Python, so that no stream ever waits for the interpreter.
+        """
         with memory_watched(len(pixels), self.device):
-            for number in range(len(pixels)):
-                self._queue.start_async([pixels[number : number + 1]], (done, number))
-            self._queue.wait_all()
-        ordered = [done[number] for number in range(len(pixels))]
-        return Inference(
-            np.concatenate([one.logits for one in ordered]),
-            np.concatenate([one.maps for one in ordered]),
+            while len(self._requests) < len(pixels):
+                self._requests.append(self._compiled.create_infer_request())
+            requests = self._requests[: len(pixels)]
+            for number, request in enumerate(requests):
+                request.set_input_tensor(openvino.Tensor(pixels[number : number + 1]))
+                request.start_async()
+            for request in requests:
+                request.wait()
+        logits, maps = (
+            np.concatenate([request.get_output_tensor(n).data for request in requests])
+            for n in range(2)
         )
-
-
-def _collect(request: Any, place: tuple[dict[int, Inference], int]) -> None:
-    """Copy a finished request's outputs, whose memory the next request takes over."""
-    done, number = place
-    logits, maps = (request.get_output_tensor(n).data.copy() for n in range(2))
-    done[number] = Inference(logits, maps)
+        return Inference(logits, maps)
 
 
 def openvino_model(network: EvidenceNet, spec: Preprocessing) -> openvino.Model:
