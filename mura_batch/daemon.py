@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from mura_batch.weights import WeightsStore
 
 log = logging.getLogger(__name__)
 
+_RECORD = 16  # claims recorded together at most
 _TAKE = 256  # studies taken from the ledger at once
 _IDLE_SHARE = 50  # an idle inbox is scanned for at most 1/50 of the time
 _LONGEST_WAIT = 60.0  # seconds between full scans, whatever they cost
@@ -71,7 +72,7 @@ class Daemon:
         self._stopping = threading.Event()
         self._wakeup: Wakeup | None = None
         self._next_word = 0.0
-        self._unrecorded: deque[Claim] = deque()
+        self._unrecorded: list[Claim] = []
 
     def stop(self) -> None:
         """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
@@ -161,21 +162,23 @@ class Daemon:
             else:
                 if claim is not None:
                     self._unrecorded.append(claim)
-            recorded += self._record(pipeline)
+            if len(self._unrecorded) >= _RECORD:
+                recorded += self._record(pipeline)
             self._notify(ALIVE)
-        return recorded
+        return recorded + self._record(pipeline)
 
     def _record(self, pipeline: Pipeline) -> int:
         """Record the claims that are in work and not yet in the ledger; keep what fails."""
         recorded = 0
         while self._unrecorded:
+            claims = self._unrecorded[:_RECORD]
             try:
-                pipeline.receive(self._unrecorded[0])
+                pipeline.receive(claims)
             except Transient as exc:
                 log.warning("the ledger could not be written", extra={"why": str(exc)})
                 break
-            self._unrecorded.popleft()
-            recorded += 1
+            del self._unrecorded[:_RECORD]
+            recorded += len(claims)
         return recorded
 
     def _feed(self, store: Store, weights: WeightsStore, pipeline: Pipeline) -> None:
@@ -199,10 +202,8 @@ _ENDED = (State.DONE, State.QUARANTINED)
 def _catch_up(store: Store, custody: Custody, pipeline: Pipeline) -> None:
     """Finish what an earlier run left between two steps."""
     store.recover()
-    for claim in custody.pending():
-        pipeline.receive(claim)
-    for stored in store.unsettled_custody():
-        pipeline.settle_custody(stored)
+    pipeline.receive(custody.pending())
+    pipeline.settle_custody(store.unsettled_custody())
 
 
 def _noticed(active: dict[Area, str], store: Store, weights: WeightsStore) -> dict[Area, str]:

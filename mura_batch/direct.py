@@ -84,14 +84,12 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
         store = stack.enter_context(Store.open(local.database_url))
         scorer = stack.enter_context(warm_scorer(local, weights))
         with Pipeline(local, store, Custody(local), weights, scorer) as pipeline:
-            studies = [
-                pipeline.receive(claim).study_id
-                for candidate in _candidates(local, request.paths)
-                if (claim := Custody(local).claim(candidate)) is not None
-            ]
+            claims = map(Custody(local).claim, _candidates(local, request.paths))
+            received = pipeline.receive([claim for claim in claims if claim is not None])
+            studies = [recorded.study_id for recorded in received]
             if request.area is not None:
                 store.rerun(Rerun(studies=tuple(studies)), request.area)
-            pipeline.feed(track([store.study(study) for study in dict.fromkeys(studies)]))
+            pipeline.feed(track(store.studies(dict.fromkeys(studies))))
             pipeline.drain()
         scored = _rows(store, studies)
         if request.overlays is None:

@@ -43,6 +43,7 @@ from mura_batch.records import (
     ClaimedFile,
     ClaimRecord,
     FileProblem,
+    Move,
     NewResult,
     Place,
     ReadingOutcome,
@@ -63,6 +64,7 @@ _steps = logging.getLogger("mura_batch.steps")
 
 _WAITING = {State.QUEUED, State.RUNNING, State.NEEDS_AREA, State.NO_WEIGHTS, State.FAILED}
 _NEVER_OPENED = {"symbolic_link", "not_a_file"}  # what a claim found; other files are read again
+_GROUP = 32  # studies that are committed together at most
 _VIEWS_IN_FLIGHT = 4  # batches' worth of views between decode and overlay
 
 
@@ -100,7 +102,7 @@ class Pipeline:
     """Takes claims in, scores queued studies, and leaves every file in its place.
 
     Args:
-        decoders: threads that decode; overlays and commits have as many of their own.
+        decoders: threads that decode; overlays have as many of their own, commits one.
     """
 
     def __init__(
@@ -122,6 +124,8 @@ class Pipeline:
         threads = decoders or max(2, min(8, os.cpu_count() or 2))
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._finishers = ThreadPoolExecutor(threads, "finish")
+        self._closer = ThreadPoolExecutor(1, "close")
+        self._ended: deque[_Job] = deque()
         self._window = threading.BoundedSemaphore(max(64, _VIEWS_IN_FLIGHT * settings.batch))
         self._in_flight = 0
         self._untold: deque[tuple[StoredStudy, MuraError]] = deque()
@@ -134,37 +138,41 @@ class Pipeline:
         self.drain()
         self._decoders.shutdown()
         self._finishers.shutdown()
+        self._closer.shutdown()
 
     # ---- intake
 
-    def receive(self, claim: Claim) -> Recorded:
-        """Record a claim in the ledger; the study it belongs to is queued if it is news."""
-        _step("claimed", claim=claim.id)
-        header = read_study(claim.files[:1])
-        recorded = self._store.record_claim(
-            ClaimRecord(
-                id=claim.id,
-                kind=claim.kind,
-                key=claim.key,
-                received_at=claim.received_at,
-                settled_by=claim.settled_by,
-                files=tuple(
-                    ClaimedFile(
-                        f.name, f.sha256, f.size, found.mtime_ns, found.inode, problem=f.problem
-                    )
-                    for f, found in zip(claim.files, claim.fingerprints, strict=True)
-                ),
-                study_uid=header.study_uid,
-                accession=header.accession,
-                place=Place.INBOX if self._settings.archive == "leave" else Place.WORK,
-            ),
-            self._settings.late_hours,
-        )
-        log.info("study received", extra={"study": recorded.study_id, "as": recorded.outcome})
-        _step("recorded", study=recorded.study_id)
-        if recorded.outcome == "duplicate":
-            self.settle_custody(self._store.study(recorded.study_id))
+    def receive(self, claims: Sequence[Claim]) -> list[Recorded]:
+        """Record claims in the ledger; the studies they belong to are queued if they are news."""
+        for claim in claims:
+            _step("claimed", claim=claim.id)
+        records = [self._claim_record(claim) for claim in claims]
+        recorded = self._store.record(records, self._settings.late_hours)
+        for one in recorded:
+            log.info("study received", extra={"study": one.study_id, "as": one.outcome})
+            _step("recorded", study=one.study_id)
+        known = [one.study_id for one in recorded if one.outcome == "duplicate"]
+        self.settle_custody(self._store.studies(known))
         return recorded
+
+    def _claim_record(self, claim: Claim) -> ClaimRecord:
+        header = read_study(claim.files[:1])
+        return ClaimRecord(
+            id=claim.id,
+            kind=claim.kind,
+            key=claim.key,
+            received_at=claim.received_at,
+            settled_by=claim.settled_by,
+            files=tuple(
+                ClaimedFile(
+                    f.name, f.sha256, f.size, found.mtime_ns, found.inode, problem=f.problem
+                )
+                for f, found in zip(claim.files, claim.fingerprints, strict=True)
+            ),
+            study_uid=header.study_uid,
+            accession=header.accession,
+            place=Place.INBOX if self._settings.archive == "leave" else Place.WORK,
+        )
 
     # ---- scoring
 
@@ -242,9 +250,9 @@ class Pipeline:
             card = None
         if card is None:
             return _PartJob(part, slots=slots)
-        known = self._store.result_for(stored.digest, part.area, card.sha256)
+        known = stored.scored.get((part.area, card.sha256))
         if known is not None and not stored.rerun:
-            return _PartJob(part, card, known.id)
+            return _PartJob(part, card, known)
         return _PartJob(part, card, slots=slots)
 
     def _admit(self, job: _Job, slot: _Slot, card: Card) -> None:
@@ -322,38 +330,56 @@ class Pipeline:
             job.open_views -= 1
             last = job.open_views == 0
         if last:
-            self._finishers.submit(self._bounded, job.stored, partial(self._finish, job))
+            self._ended.append(job)
+            self._closer.submit(self._close)
 
     # ---- outcome
 
-    def _finish(self, job: _Job) -> None:
+    def _close(self) -> None:
+        """Finish the studies that have ended since, together where that works (the closer)."""
+        jobs: list[_Job] = []
+        while self._ended and len(jobs) < _GROUP:
+            jobs.append(self._ended.popleft())
+        sound = [job for job in jobs if _lasting(job.passing) is None]
+        alone = [job for job in jobs if _lasting(job.passing) is not None]
+        if len(sound) == 1 or _attempt("several", partial(self._finish, sound)) is not None:
+            alone = jobs
+        for job in alone:
+            self._bounded(job.stored, partial(self._finish, [job]))
+
+    def _finish(self, jobs: Sequence[_Job]) -> None:
         """Commit what was found out, then move the files; every view has its score or error."""
-        if isinstance(job.passing, (NoWeights, WeightsRefused)):
-            log.warning("weights refused", extra={"study": job.stored.id})
-        elif job.passing is not None:
-            raise job.passing
+        if not jobs:
+            return
+        for job in jobs:
+            if (error := _lasting(job.passing)) is not None:
+                raise error
+            if job.passing is not None:
+                log.warning("weights refused", extra={"study": job.stored.id})
+        outcomes = [self._outcome(job) for job in jobs]
+        self._store.commit(*outcomes)
+        for outcome in outcomes:
+            _step("committed", study=outcome.study_id)
+            for reading in outcome.readings:
+                facts = {"study": outcome.study_id, "area": reading.area, "state": reading.state}
+                log.info("study finished", extra=facts)
+        self.settle_custody(self._store.studies([job.stored.id for job in jobs]))
+        for outcome in outcomes:
+            self._leave(*(reading.state for reading in outcome.readings))
+
+    def _outcome(self, job: _Job) -> StudyOutcome:
         now = datetime.now(UTC)
-        readings = tuple(self._reading(part, job, now) for part in _joined(job.parts))
-        events = tuple(
-            ("identifier_conflict", {"sop_instance_uid": uid}) for uid in job.study.conflicts
+        return StudyOutcome(
+            study_id=job.stored.id,
+            request=job.stored.request,
+            digest=job.stored.digest,
+            at=now,
+            readings=tuple(self._reading(part, job, now) for part in _joined(job.parts)),
+            problems=_file_problems(job.parts),
+            events=tuple(
+                ("identifier_conflict", {"sop_instance_uid": uid}) for uid in job.study.conflicts
+            ),
         )
-        self._store.commit(
-            StudyOutcome(
-                study_id=job.stored.id,
-                request=job.stored.request,
-                digest=job.stored.digest,
-                at=now,
-                readings=readings,
-                problems=_file_problems(job.parts),
-                events=events,
-            )
-        )
-        _step("committed", study=job.stored.id)
-        for reading in readings:
-            facts = {"study": job.stored.id, "area": reading.area, "state": reading.state}
-            log.info("study finished", extra=facts)
-        self.settle_custody(self._store.study(job.stored.id))
-        self._leave(*(reading.state for reading in readings))
 
     def _reading(self, job_part: _PartJob, job: _Job, now: datetime) -> ReadingOutcome:
         """Say how one area of the study ended."""
@@ -434,47 +460,51 @@ class Pipeline:
 
     # ---- custody
 
-    def settle_custody(self, stored: StoredStudy) -> None:
-        """Move a study's files to where its stored state says they belong; replayable."""
-        states = {reading.state for reading in stored.readings}
-        if states & _WAITING or not states:
-            return
-        if states == {State.QUARANTINED}:
-            self._quarantine(stored)
-        else:
-            self._release(stored)
-        _step("moved", study=stored.id)
+    def settle_custody(self, studies: Iterable[StoredStudy]) -> None:
+        """Move studies' files to where their stored state says they belong; replayable."""
+        moves: list[Move] = []
+        moved: list[str] = []
+        for stored in studies:
+            states = {reading.state for reading in stored.readings}
+            if states & _WAITING or not states:
+                continue
+            whole = states == {State.QUARANTINED}
+            moves += self._quarantine(stored) if whole else self._release(stored)
+            moved.append(stored.id)
+        self._store.moved(*moves)
+        for study in moved:
+            _step("moved", study=study)
 
-    def _quarantine(self, stored: StoredStudy) -> None:
+    def _quarantine(self, stored: StoredStudy) -> list[Move]:
         """Put every file of a study that can never be scored in quarantine, with the reason."""
         reading = stored.readings[0]
         reason = _reason(reading.reason_code, reading.reason)
-        for claim, files in _by_claim(stored, Place.WORK).items():
+        moves = []
+        for claim, names in _by_claim(stored, Place.WORK).items():
             self._custody.to_quarantine(stored.id, claim, reason)
-            self._store.moved(stored.id, claim, Place.QUARANTINE, [f.name for f in files])
-        for claim, files in _by_claim(stored, Place.INBOX).items():
-            names = [file.name for file in files]
+            moves.append(Move(claim, Place.QUARANTINE, names))
+        for claim, names in _by_claim(stored, Place.INBOX).items():
             self._custody.to_quarantine(stored.id, claim, reason, sources=names)
+        return moves
 
-    def _release(self, stored: StoredStudy) -> None:
+    def _release(self, stored: StoredStudy) -> list[Move]:
         """Archive (or delete) a scored study's files; its unreadable ones go to quarantine."""
+        moves = []
         for file in stored.files:
             if file.problem and file.place in {Place.WORK, Place.INBOX}:
                 code, _, message = file.problem.partition(": ")
                 reason = _reason(code, message or "this file could not be scored")
                 self._custody.quarantine_file(stored.id, file.claim, file.name, reason)
                 if file.place is Place.WORK:
-                    self._store.moved(stored.id, file.claim, Place.QUARANTINE, [file.name])
-        for claim, files in _by_claim(stored, Place.WORK, Place.QUARANTINE).items():
-            names = [file.name for file in files if not file.problem]
-            if not names:
-                continue
+                    moves.append(Move(file.claim, Place.QUARANTINE, (file.name,)))
+        for claim, names in _by_claim(stored, Place.WORK, Place.QUARANTINE, whole=False).items():
             if self._settings.archive == "delete":
                 self._custody.discard(claim)
-                self._store.moved(stored.id, claim, Place.DELETED, names)
+                moves.append(Move(claim, Place.DELETED, names))
             else:
                 self._custody.to_archive(stored.id, claim)
-                self._store.moved(stored.id, claim, Place.ARCHIVE, names)
+                moves.append(Move(claim, Place.ARCHIVE, names))
+        return moves
 
 
 def _attempt(study_id: str, action: Callable[[], None]) -> MuraError | None:
@@ -550,12 +580,20 @@ def _reason(code: str, message: str) -> Reason:
     return Reason(code, "score", message, what_to_do(code))
 
 
-def _by_claim(stored: StoredStudy, *places: Place) -> dict[str, list[StoredFile]]:
-    found: dict[str, list[StoredFile]] = {}
+def _by_claim(
+    stored: StoredStudy, *places: Place, whole: bool = True
+) -> dict[str, tuple[str, ...]]:
+    """Return by claim the names of the files in ``places``; if not ``whole``, of sound ones."""
+    found: dict[str, tuple[str, ...]] = {}
     for file in stored.files:
-        if file.place in places:
-            found.setdefault(file.claim, []).append(file)
+        if file.place in places and (whole or not file.problem):
+            found[file.claim] = (*found.get(file.claim, ()), file.name)
     return found
+
+
+def _lasting(passing: MuraError | None) -> MuraError | None:
+    """Return what keeps a study from being finished now; without weights it can wait for them."""
+    return None if isinstance(passing, (NoWeights, WeightsRefused)) else passing
 
 
 def _step(name: str, **ids: str) -> None:

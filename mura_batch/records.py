@@ -158,7 +158,7 @@ class ReadingOutcome:
     Attributes:
         area: None where it is not known (``needs_area``, or quarantined before it was).
         result: a fresh score, or the id of a stored one with the same key
-            (``Store.result_for``), or None.
+            (``StoredStudy.scored``), or None.
     """
 
     area: Area | None
@@ -237,6 +237,7 @@ class StoredStudy:
         request: counts what has been asked of the study; goes back in ``StudyOutcome.request``.
         rerun: score again even where a result with the same key is stored.
         set_area: a person's area, for all views where ``set_all``, else for the undecided.
+        scored: the latest result of each (area, weights digest) that ``digest`` was scored with.
     """
 
     id: str
@@ -255,15 +256,20 @@ class StoredStudy:
     set_all: bool
     files: tuple[StoredFile, ...]
     readings: tuple[StoredReading, ...]
+    scored: Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, slots=True)
-class StoredResult:
-    """The latest stored result of a key."""
+class Move:
+    """Where files of a claim lie now.
 
-    id: int
-    run: int
-    revision: int
+    Attributes:
+        names: of the files, as in :class:`StoredFile`.
+    """
+
+    claim: str
+    place: Place
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -48,7 +48,6 @@ from mura_batch.records import (
     State,
     StoredFile,
     StoredReading,
-    StoredResult,
     StoredStudy,
     StudyRow,
     Work,
@@ -56,6 +55,7 @@ from mura_batch.records import (
 from mura_batch.schema import events, files, labels, readings, results, studies, views
 
 _BOUND = 500  # values in one IN (…)
+_T = TypeVar("_T")
 _STREAM = 1000  # rows fetched at a time: memory stays flat however long the answer is
 _HEX = re.compile("[0-9a-f]+")
 _STUDY_COLUMNS = len(StudyRow.__dataclass_fields__) - 1  # the notice is no column
@@ -188,16 +188,15 @@ class Results:
         Raises:
             Misconfigured: there is no such study.
         """
-        with reading(self._engine) as connection:
-            found = stored_studies(connection, [study_id])
+        found = self.studies([study_id])
         if not found:
             raise Misconfigured(f"No study {study_id!r}: see `mura-batch query`.")
         return found[0]
 
-    def result_for(self, digest: str, area: Area, weights: str) -> StoredResult | None:
-        """Return the latest result of a key, None where it was never scored."""
+    def studies(self, ids: Iterable[str]) -> list[StoredStudy]:
+        """Return those of the studies that are stored, in the order of ``ids``."""
         with reading(self._engine) as connection:
-            return latest_result(connection, digest, area, weights)
+            return stored_studies(connection, ids)
 
     def due(self, now: datetime) -> int:
         """Count studies that are being worked on or could be taken now."""
@@ -240,8 +239,8 @@ def resolve(connection: Connection, study: str) -> str:
     raise Misconfigured(f"{study!r} begins several studies ({', '.join(found)}): give more of it.")
 
 
-def chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield the ids in pieces that a statement can bind."""
+def chunks(ids: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """Yield the values in pieces that a statement can bind."""
     for start in range(0, len(ids), _BOUND):
         yield ids[start : start + _BOUND]
 
@@ -254,6 +253,7 @@ def stored_studies(connection: Connection, ids: Iterable[str]) -> list[StoredStu
         their_readings = _readings_of(connection, some)
         wanted = select(studies).where(studies.c.id.in_(some))
         rows = {row["id"]: row for row in connection.execute(wanted).mappings()}
+        scored = latest_results(connection, [row["digest"] for row in rows.values()])
         found += [
             StoredStudy(
                 **{name: rows[study][name] for name in _PLAIN_STUDY_FIELDS},
@@ -261,6 +261,9 @@ def stored_studies(connection: Connection, ids: Iterable[str]) -> list[StoredStu
                 set_area=_area(rows[study]["set_area"]),
                 files=tuple(their_files.get(study, ())),
                 readings=tuple(their_readings.get(study, ())),
+                scored={
+                    key: latest.id for key, latest in scored.get(rows[study]["digest"], {}).items()
+                },
             )
             for study in some
             if study in rows
@@ -303,18 +306,28 @@ def _area(name: str | None) -> Area | None:
 _PLAIN_STUDY_FIELDS = tuple(
     name
     for name in StoredStudy.__dataclass_fields__
-    if name not in {"work", "set_area", "files", "readings"}
+    if name not in {"work", "set_area", "files", "readings", "scored"}
 )
 
 
-def latest_result(
-    connection: Connection, digest: str, area: str, weights: str
-) -> StoredResult | None:
-    """Return the latest result of a key, None where it was never scored."""
-    key = and_(results.c.digest == digest, results.c.area == area, results.c.weights == weights)
-    wanted = select(results.c.id, results.c.run, results.c.revision).where(key)
-    row = connection.execute(wanted.order_by(results.c.run.desc()).limit(1)).one_or_none()
-    return None if row is None else StoredResult(*row)
+class Latest(NamedTuple):
+    """The latest result of a key, and which run of it that was."""
+
+    id: int
+    run: int
+
+
+def latest_results(
+    connection: Connection, digests: Sequence[str]
+) -> dict[str, dict[tuple[str, str], Latest]]:
+    """Return by study digest the latest result of each (area, weights digest)."""
+    columns = (results.c.digest, results.c.area, results.c.weights, results.c.id, results.c.run)
+    found: dict[str, dict[tuple[str, str], Latest]] = {}
+    for some in chunks(digests):
+        wanted = select(*columns).where(results.c.digest.in_(some)).order_by(results.c.run)
+        for row in connection.execute(wanted):
+            found.setdefault(row.digest, {})[row.area, row.weights] = Latest(row.id, row.run)
+    return found
 
 
 def is_due(now: datetime) -> ColumnElement[bool]:

@@ -5,14 +5,14 @@ A result is never changed. Which of a study's results is current is said by its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, func, insert, or_, select
+from sqlalchemy import Connection, insert, select
 
 from mura_batch.errors import Misconfigured
 from mura_batch.records import NewResult, ReadingOutcome, StudyOutcome
-from mura_batch.results import latest_result
+from mura_batch.results import Latest, chunks, latest_results
 from mura_batch.schema import readings, results, views, weights
 
 
@@ -27,24 +27,32 @@ class Revision:
 
 
 class Revisions:
-    """The results of one study during one commit."""
+    """The results of some studies during one commit.
 
-    def __init__(self, connection: Connection, outcome: StudyOutcome, *, rerun: bool) -> None:
+    Args:
+        reruns: ids of the studies for which a stored key gets a new row all the same.
+    """
+
+    def __init__(
+        self, connection: Connection, outcomes: Sequence[StudyOutcome], reruns: Collection[str]
+    ) -> None:
         self._connection = connection
-        self._outcome = outcome
-        self._rerun = rerun
-        study = outcome.study_id
-        shown = select(readings.c.area, readings.c.result_id).where(
-            readings.c.study_id == study, readings.c.result_id.is_not(None)
-        )
-        self._current = {area: number or 0 for area, number in connection.execute(shown)}
-        columns = (results.c.id, results.c.area, results.c.revision, results.c.supersedes)
-        known = select(*columns).where(
-            or_(results.c.study_id == study, results.c.id.in_(self._current.values()))
-        )
-        self._known = [Revision(*row) for row in connection.execute(known.order_by(results.c.id))]
+        self._reruns = reruns
+        ids = [outcome.study_id for outcome in outcomes]
+        self._current: dict[str, dict[str, int]] = {study: {} for study in ids}
+        shown = select(readings.c.study_id, readings.c.area, readings.c.result_id)
+        for some in chunks(ids):
+            with_result = shown.where(
+                readings.c.study_id.in_(some), readings.c.result_id.is_not(None)
+            )
+            for study, area, number in connection.execute(with_result):
+                self._current[study][area] = number or 0
+        self._known = _known(connection, self._current)
+        self._latest = latest_results(connection, [outcome.digest for outcome in outcomes])
+        cards = select(weights.c.digest, weights.c.area)
+        self._weights = {tuple(row) for row in connection.execute(cards)}
 
-    def place(self, reading: ReadingOutcome) -> int | None:
+    def place(self, outcome: StudyOutcome, reading: ReadingOutcome) -> int | None:
         """Return the id of the reading's result; stores it where its key is new, or on a rerun.
 
         A reading without a result (failed, without weights) keeps showing its area's last one.
@@ -57,27 +65,33 @@ class Revisions:
             return reading.result
         area = reading.area or ""
         if reading.result is None:
-            return self._current.get(area)
-        stored = latest_result(self._connection, self._outcome.digest, area, reading.result.weights)
-        if stored is not None and not self._rerun:
+            return self._current[outcome.study_id].get(area)
+        keys = self._latest.setdefault(outcome.digest, {})
+        stored = keys.get((area, reading.result.weights))
+        if stored is not None and outcome.study_id not in self._reruns:
             return stored.id
-        return self._append(reading, reading.result, run=stored.run + 1 if stored else 1)
+        run = stored.run + 1 if stored else 1
+        new = self._append(outcome, reading, reading.result, run)
+        keys[area, reading.result.weights] = Latest(new, run)
+        return new
 
-    def _append(self, reading: ReadingOutcome, result: NewResult, run: int) -> int:
+    def _append(
+        self, outcome: StudyOutcome, reading: ReadingOutcome, result: NewResult, run: int
+    ) -> int:
         area = reading.area or ""
-        before = predecessor(
-            area, self._current, self._known, {r.area or "" for r in self._outcome.readings}
-        )
-        same_area = [known.revision for known in self._known if known.area == area]
+        known = self._known[outcome.study_id]
+        areas = {other.area or "" for other in outcome.readings}
+        before = predecessor(area, self._current[outcome.study_id], known, areas)
+        same_area = [revision.revision for revision in known if revision.area == area]
         number = 1 + max([*same_area, before.revision if before else 0])
         self._use_weights(area, result)
         inserted = self._connection.execute(
             insert(results).values(
-                study_id=self._outcome.study_id,
+                study_id=outcome.study_id,
                 area=area,
                 revision=number,
                 supersedes=before.id if before else None,
-                digest=self._outcome.digest,
+                digest=outcome.digest,
                 run=run,
                 views=len(result.views),
                 views_failed=sum(view.logit is None for view in result.views),
@@ -96,27 +110,45 @@ class Revisions:
                     for view in result.views
                 ],
             )
-        self._known.append(Revision(new, area, number, before.id if before else None))
+        known.append(Revision(new, area, number, before.id if before else None))
         return new
 
     def _use_weights(self, area: str, result: NewResult) -> None:
-        known = select(func.count()).where(
-            weights.c.digest == result.weights, weights.c.area == area
-        )
-        if not self._connection.execute(known).scalar_one():
-            self._connection.execute(
-                insert(weights).values(
-                    digest=result.weights,
-                    area=area,
-                    card=result.card,
-                    first_used=result.scored_at,
-                )
-            )
+        if (result.weights, area) in self._weights:
+            return
+        self._weights.add((result.weights, area))
+        values = {"digest": result.weights, "area": area, "card": result.card}
+        self._connection.execute(insert(weights).values(**values, first_used=result.scored_at))
 
     def _require(self, result: int) -> None:
         wanted = select(results.c.id).where(results.c.id == result)
         if self._connection.execute(wanted).scalar() is None:
             raise Misconfigured(f"No result {result} is stored; was the database replaced?")
+
+
+def _known(
+    connection: Connection, current: Mapping[str, Mapping[str, int]]
+) -> dict[str, list[Revision]]:
+    """Return for each study its own results and those that it shows, oldest first."""
+    columns = (results.c.id, results.c.area, results.c.revision, results.c.supersedes)
+    wanted = select(results.c.study_id, *columns)
+    owners: dict[int, str] = {}
+    revisions: dict[int, Revision] = {}
+    shown = sorted({number for areas in current.values() for number in areas.values()})
+    own = (results.c.study_id.in_(some) for some in chunks(list(current)))
+    also = (results.c.id.in_(some) for some in chunks(shown))
+    for which in (*own, *also):
+        for row in connection.execute(wanted.where(which)):
+            owners[row.id] = row.study_id
+            revisions[row.id] = Revision(row.id, row.area, row.revision, row.supersedes)
+    return {
+        study: [
+            revisions[number]
+            for number in sorted(revisions)
+            if owners[number] == study or number in areas.values()
+        ]
+        for study, areas in current.items()
+    }
 
 
 _COPIED = (

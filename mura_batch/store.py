@@ -10,12 +10,25 @@ import hashlib
 import os
 import posixpath
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.engine import Engine
 
 from mura_batch.area import Area
@@ -27,6 +40,7 @@ from mura_batch.records import (
     Filters,
     Json,
     LabelRow,
+    Move,
     Place,
     ReadingOutcome,
     Recorded,
@@ -51,6 +65,7 @@ from mura_batch.study import Kind, content_digest, masked
 
 _WAITING = (State.NEEDS_AREA, State.NO_WEIGHTS)
 _GONE = (Place.DELETED, Place.REPLACED)
+Ledger = dict[bytes, tuple[int, str, str]]  # raw name → size, mtime_ns, inode
 
 
 class Store(Results):
@@ -64,7 +79,7 @@ class Store(Results):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._lock = threading.RLock()
-        self._ledger: dict[bytes, tuple[int, str, str]] | None = None
+        self._ledger: Ledger | None = None
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -73,60 +88,61 @@ class Store(Results):
 
     # ---- claims
 
-    def record_claim(self, claim: ClaimRecord, late_hours: float) -> Recorded:
-        """Record a claim's files and find or make the study that they belong to.
+    def record(self, claims: Sequence[ClaimRecord], late_hours: float) -> list[Recorded]:
+        """Record claims, all or none, and find or make the studies that they belong to.
 
         DICOM files belong to their Study Instance UID. Others belong to the study that has exactly
         their contents; else a folder's to the study of the same (masked) path whose last arrival
         is within ``late_hours`` or that shares a content; else they make a new study.
 
         Raises:
-            ValueError: the claim has no files.
+            ValueError: a claim has no files.
         """
-        if not claim.files:
-            msg = f"claim {claim.id} has no files"
+        if bare := [claim.id for claim in claims if not claim.files]:
+            msg = f"claim {bare[0]} has no files"
             raise ValueError(msg)
-        ledger = self._known_files() if claim.place is Place.INBOX else {}
+        left = [claim for claim in claims if claim.place is Place.INBOX]
+        ledger = self._known_files() if left else {}
         with self._write() as connection:
-            replayed = select(files.c.study_id).where(files.c.claim == claim.id).limit(1)
-            if (known := connection.execute(replayed).scalar()) is not None:
-                return Recorded(known, "replayed", _request(connection, known))
-            _replace(connection, claim, ledger)
-            study = _study_of(connection, claim, late_hours)
-            if study is None:
-                study = _new_study(connection, claim)
-                _add_files(connection, study, claim)
-                _log(connection, claim.received_at, "new", _about(claim), study)
-                recorded = Recorded(study, "new", 1)
-            else:
-                recorded = _add_to(connection, study, claim)
-        ledger.update({os.fsencode(file.name): _fingerprint(file) for file in claim.files})
+            recorded = [_record(connection, claim, ledger, late_hours) for claim in claims]
+        for claim in left:
+            ledger.update({os.fsencode(file.name): _fingerprint(file) for file in claim.files})
         return recorded
 
     def seen(self, name: str, size: int, mtime_ns: int, inode: int) -> bool:
         """Say whether a file of the inbox, left where it is, has been recorded like this."""
         return self._known_files().get(os.fsencode(name)) == (size, str(mtime_ns), str(inode))
 
-    def moved(
-        self, study_id: str, claim: str, place: Place, names: Sequence[str] | None = None
-    ) -> None:
-        """Record where files of a claim lie now.
-
-        Without ``names``: all of them, but those that are gone, and but those that lie in
-        quarantine for a problem of their own when the rest goes elsewhere.
-        """
-        wanted = [files.c.study_id == study_id, files.c.claim == claim, files.c.place != place]
-        if names is not None:
-            wanted.append(files.c.raw_name.in_([os.fsencode(name) for name in names]))
-        else:
-            wanted.append(files.c.place.not_in(_GONE))
-            if place is not Place.QUARANTINE:
-                wanted.append(or_(files.c.place != Place.QUARANTINE, files.c.problem == ""))
+    def moved(self, *moves: Move) -> None:
+        """Record where files lie now."""
+        if not moves:
+            return
+        stated = {
+            (move.claim, os.fsencode(name)): move.place for move in moves for name in move.names
+        }
+        columns = (files.c.id, files.c.study_id, files.c.claim, files.c.raw_name, files.c.place)
+        named = tuple_(files.c.claim, files.c.raw_name)
+        changed: dict[Place, list[int]] = {}
+        count: Counter[tuple[str, str, Place]] = Counter()
         with self._write() as connection:
-            count = connection.execute(update(files).where(*wanted).values(place=place)).rowcount
-            if count:
-                detail = {"claim": claim, "place": place, "files": count}
-                _log(connection, datetime.now(UTC), "moved", detail, study_id)
+            for some in chunks(list(stated)):
+                for row in connection.execute(select(*columns).where(named.in_(some))):
+                    place = stated[row.claim, row.raw_name]
+                    if row.place != place:
+                        changed.setdefault(place, []).append(row.id)
+                        count[row.study_id, row.claim, place] += 1
+            for place, numbers in changed.items():
+                for few in chunks(numbers):
+                    lies = update(files).where(files.c.id.in_(few)).values(place=place)
+                    connection.execute(lies)
+            now = datetime.now(UTC)
+            _log_all(
+                connection,
+                (
+                    (now, "moved", {"claim": claim, "place": place, "files": number}, study)
+                    for (study, claim, place), number in count.items()
+                ),
+            )
 
     def unsettled_custody(self) -> list[StoredStudy]:
         """Return settled studies that wait for nobody but whose files still lie in work."""
@@ -172,33 +188,45 @@ class Store(Results):
         with self._write() as connection:
             return connection.execute(again).rowcount
 
-    def commit(self, outcome: StudyOutcome) -> None:
-        """Store what one pass found out: results, current readings, problems, events.
+    def commit(self, *outcomes: StudyOutcome) -> None:
+        """Store what one pass over each study found out: results, readings, problems, events.
 
-        A key that is stored already keeps its row, except on a rerun, which makes a new one. The
-        study is settled, or queued again where more was asked of it meanwhile.
+        All or none, and each study at most once. A key that is stored already keeps its row,
+        except on a rerun, which makes a new one. The studies are settled, or queued again where
+        more was asked of them meanwhile.
 
         Raises:
-            Misconfigured: the study, or a result that a reading names, is not stored.
+            Misconfigured: a study, or a result that a reading names, is not stored.
             ValueError: no readings; every study keeps a row.
         """
-        if not outcome.readings:
-            msg = f"an outcome of study {outcome.study_id} without a reading"
+        if bare := [outcome.study_id for outcome in outcomes if not outcome.readings]:
+            msg = f"an outcome of study {bare[0]} without a reading"
             raise ValueError(msg)
         with self._write() as connection:
-            row = _study_row(connection, outcome.study_id)
-            fresh = row["request"] == outcome.request
-            revisions = Revisions(connection, outcome, rerun=row["rerun"] and fresh)
-            placed = [(reading, revisions.place(reading)) for reading in outcome.readings]
-            areas = [reading.area or "" for reading in outcome.readings]
-            gone = and_(readings.c.study_id == outcome.study_id, readings.c.area.not_in(areas))
-            connection.execute(delete(readings).where(gone))
-            for reading, result in placed:
-                _show(connection, outcome, row["received_at"], reading, result)
-            _note_problems(connection, outcome)
-            for what, detail in outcome.events:
-                _log(connection, outcome.at, what, detail, outcome.study_id)
-            _settle(connection, outcome.study_id, fresh=fresh)
+            rows = _study_rows(connection, [outcome.study_id for outcome in outcomes])
+            fresh = {o.study_id for o in outcomes if rows[o.study_id]["request"] == o.request}
+            reruns = {study for study in fresh if rows[study]["rerun"]}
+            revisions = Revisions(connection, outcomes, reruns)
+            _show(
+                connection,
+                [
+                    (outcome, reading, revisions.place(outcome, reading))
+                    for outcome in outcomes
+                    for reading in outcome.readings
+                ],
+                {study: row["received_at"] for study, row in rows.items()},
+            )
+            _note_problems(connection, outcomes)
+            _log_all(
+                connection,
+                (
+                    (outcome.at, what, detail, outcome.study_id)
+                    for outcome in outcomes
+                    for what, detail in outcome.events
+                ),
+            )
+            _settle(connection, fresh, fresh=True)
+            _settle(connection, set(rows) - fresh, fresh=False)
 
     def defer(self, study_id: str, error: str, not_before: datetime) -> int:
         """Queue a study for another try; return how many tries have failed."""
@@ -225,7 +253,7 @@ class Store(Results):
                 .values(state=State.FAILED, reason_code=code, reason=reason, updated_at=at)
             )
             _log(connection, at, State.FAILED, {"code": code, "reason": reason}, study_id)
-            _settle(connection, study_id, fresh=fresh)
+            _settle(connection, {study_id}, fresh=fresh)
 
     # ---- asked again
 
@@ -295,7 +323,7 @@ class Store(Results):
         with self._write() as connection:
             _log(connection, datetime.now(UTC), what, detail, study_id)
 
-    def _known_files(self) -> dict[bytes, tuple[int, str, str]]:
+    def _known_files(self) -> Ledger:
         """Return the ledger of files that were left in the inbox, read once."""
         with self._lock:
             if self._ledger is None:
@@ -308,6 +336,22 @@ class Store(Results):
 
 
 # ---- which study
+
+
+def _record(
+    connection: Connection, claim: ClaimRecord, ledger: Ledger, late_hours: float
+) -> Recorded:
+    replayed = select(files.c.study_id).where(files.c.claim == claim.id).limit(1)
+    if (known := connection.execute(replayed).scalar()) is not None:
+        return Recorded(known, "replayed", _request(connection, known))
+    _replace(connection, claim, ledger)
+    study = _study_of(connection, claim, late_hours)
+    if study is not None:
+        return _add_to(connection, study, claim)
+    study = _new_study(connection, claim)
+    _add_files(connection, study, claim)
+    _log(connection, claim.received_at, "new", _about(claim), study)
+    return Recorded(study, "new", 1)
 
 
 def _study_of(connection: Connection, claim: ClaimRecord, late_hours: float) -> str | None:
@@ -443,9 +487,7 @@ def _add_files(connection: Connection, study: str, claim: ClaimRecord) -> None:
     )
 
 
-def _replace(
-    connection: Connection, claim: ClaimRecord, ledger: dict[bytes, tuple[int, str, str]]
-) -> None:
+def _replace(connection: Connection, claim: ClaimRecord, ledger: Ledger) -> None:
     """Mark what lay under the claim's names before, where files stay in the inbox."""
     names = [name for file in claim.files if (name := os.fsencode(file.name)) in ledger]
     if names:
@@ -469,12 +511,18 @@ def _token(sha256: str, problem: str, size: int, mtime_ns: str) -> str:
 # ---- rows of one study
 
 
+def _study_rows(connection: Connection, ids: Sequence[str]) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for some in chunks(ids):
+        wanted = select(studies).where(studies.c.id.in_(some))
+        rows |= {row["id"]: row for row in connection.execute(wanted).mappings()}
+    if missing := [study for study in ids if study not in rows]:
+        raise Misconfigured(f"No study {missing[0]!r}: see `mura-batch query`.")
+    return rows
+
+
 def _study_row(connection: Connection, study: str) -> Any:
-    wanted = select(studies).where(studies.c.id == study)
-    row = connection.execute(wanted).mappings().one_or_none()
-    if row is None:
-        raise Misconfigured(f"No study {study!r}: see `mura-batch query`.")
-    return row
+    return _study_rows(connection, [study])[study]
 
 
 def _request(connection: Connection, study: str) -> int:
@@ -500,51 +548,74 @@ def _queue(
         idle = and_(wanted, studies.c.work == Work.SETTLED)
         connection.execute(update(studies).where(idle).values(work=Work.QUEUED))
         now = datetime.now(UTC)
-        logged = {"at": now, "what": what, "detail": detail}
-        connection.execute(insert(events), [logged | {"study_id": study} for study in some])
+        _log_all(connection, ((now, what, detail, study) for study in some))
 
 
-def _settle(connection: Connection, study: str, *, fresh: bool) -> None:
+def _settle(connection: Connection, ids: Collection[str], *, fresh: bool) -> None:
     values: dict[str, Any] = {"attempts": 0, "last_error": None, "not_before": None}
     values |= {"work": Work.SETTLED, "rerun": False} if fresh else {"work": Work.QUEUED}
-    connection.execute(update(studies).where(studies.c.id == study).values(**values))
+    for some in chunks(sorted(ids)):
+        connection.execute(update(studies).where(studies.c.id.in_(some)).values(**values))
 
 
 def _show(
     connection: Connection,
-    outcome: StudyOutcome,
-    received_at: datetime,
-    reading: ReadingOutcome,
-    result: int | None,
+    placed: Sequence[tuple[StudyOutcome, ReadingOutcome, int | None]],
+    received_at: Mapping[str, datetime],
 ) -> None:
-    """Make the current row of a study and area."""
-    area = reading.area or ""
-    values = {
-        "received_at": received_at,
-        "state": reading.state,
-        "reason_code": reading.reason_code,
-        "reason": reading.reason,
-        "area_source": reading.area_source,
-        "evidence": reading.evidence,
-        "result_id": result,
-        "updated_at": outcome.at,
+    """Make the current rows of some studies: one for each of their areas, and no others."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {
+        (outcome.study_id, reading.area or ""): {
+            "received_at": received_at[outcome.study_id],
+            "state": reading.state,
+            "reason_code": reading.reason_code,
+            "reason": reading.reason,
+            "area_source": reading.area_source,
+            "evidence": reading.evidence,
+            "result_id": result,
+            "updated_at": outcome.at,
+        }
+        for outcome, reading, result in placed
     }
-    row = and_(readings.c.study_id == outcome.study_id, readings.c.area == area)
-    if not connection.execute(update(readings).where(row).values(**values)).rowcount:
-        connection.execute(insert(readings).values(study_id=outcome.study_id, area=area, **values))
-    detail = {"area": area, "result": result, "code": reading.reason_code}
-    _log(connection, outcome.at, reading.state, detail, outcome.study_id)
+    before: dict[tuple[str, str], int] = {}
+    for some in chunks(sorted(received_at)):
+        columns = select(readings.c.study_id, readings.c.area, readings.c.id)
+        there = connection.execute(columns.where(readings.c.study_id.in_(some)))
+        before |= {(row.study_id, row.area): row.id for row in there}
+    for gone in chunks([number for key, number in before.items() if key not in rows]):
+        connection.execute(delete(readings).where(readings.c.id.in_(gone)))
+    if kept := [{"number": before[key]} | row for key, row in rows.items() if key in before]:
+        same = readings.c.id == bindparam("number")
+        fields: dict[str, Any] = {name: bindparam(name) for name in kept[0] if name != "number"}
+        connection.execute(update(readings).where(same).values(fields), kept)
+    new = [{"study_id": s, "area": a} | row for (s, a), row in rows.items() if (s, a) not in before]
+    if new:
+        connection.execute(insert(readings), new)
+    _log_all(
+        connection,
+        (
+            (
+                outcome.at,
+                reading.state,
+                {"area": reading.area or "", "result": result, "code": reading.reason_code},
+                outcome.study_id,
+            )
+            for outcome, reading, result in placed
+        ),
+    )
 
 
-def _note_problems(connection: Connection, outcome: StudyOutcome) -> None:
+def _note_problems(connection: Connection, outcomes: Sequence[StudyOutcome]) -> None:
     """Keep with each readable file why this pass could not score it, or that it could."""
-    of_study = and_(files.c.study_id == outcome.study_id, files.c.sha256 != "")
-    connection.execute(update(files).where(of_study, files.c.problem != "").values(problem=""))
-    for problem in outcome.problems:
-        if problem.sha256:
-            same = and_(of_study, files.c.sha256 == problem.sha256)
-            told = f"{problem.code}: {problem.message}"
-            connection.execute(update(files).where(same).values(problem=told))
+    for some in chunks([outcome.study_id for outcome in outcomes]):
+        told = and_(files.c.study_id.in_(some), files.c.sha256 != "", files.c.problem != "")
+        connection.execute(update(files).where(told).values(problem=""))
+    for outcome in outcomes:
+        for problem in outcome.problems:
+            if problem.sha256:
+                same = and_(files.c.study_id == outcome.study_id, files.c.sha256 == problem.sha256)
+                why = f"{problem.code}: {problem.message}"
+                connection.execute(update(files).where(same).values(problem=why))
 
 
 def _chosen(connection: Connection, which: Rerun, named: list[str]) -> list[str]:
@@ -595,4 +666,13 @@ def _label(connection: Connection, row: LabelRow, study: str) -> None:
 
 
 def _log(connection: Connection, at: datetime, what: str, detail: Json, study: str | None) -> None:
-    connection.execute(insert(events).values(at=at, study_id=study, what=what, detail=detail))
+    _log_all(connection, [(at, what, detail, study)])
+
+
+def _log_all(
+    connection: Connection, happened: Iterable[tuple[datetime, str, Json, str | None]]
+) -> None:
+    """Append to the log: when, what, its detail, and to which study."""
+    names = ("at", "what", "detail", "study_id")
+    if rows := [dict(zip(names, entry, strict=True)) for entry in happened]:
+        connection.execute(insert(events), rows)

@@ -11,6 +11,7 @@ from mura_batch.area import Area, Source
 from mura_batch.records import (
     ClaimedFile,
     ClaimRecord,
+    Move,
     NewResult,
     Place,
     ReadingOutcome,
@@ -61,7 +62,8 @@ def claim(kind, key, files, *, hours: float = 0, **other) -> ClaimRecord:
 
 
 def record(store: Store, made: ClaimRecord) -> Recorded:
-    return store.record_claim(made, late_hours=24)
+    (recorded,) = store.record([made], late_hours=24)
+    return recorded
 
 
 def new_result(weights: str = "aa", probability: float = 0.7, views=None, hours: float = 1):
@@ -127,5 +129,4 @@ def finish(store: Store, *readings: ReadingOutcome, **other) -> StoredStudy:
 
 
 def archived(store: Store, study: StoredStudy) -> None:
-    for name in {file.claim for file in study.files}:
-        store.moved(study.id, name, Place.ARCHIVE)
+    store.moved(*(Move(file.claim, Place.ARCHIVE, (file.name,)) for file in study.files))

@@ -272,7 +272,7 @@ def test_what_the_database_knows_is_no_orphan(site: Settings) -> None:
         files=(ClaimedFile("hand.png", "0" * 64, 1, 1, 1),),
     )
     with Store.open(site.database_url) as store:
-        study = store.record_claim(claim, 24.0).study_id
+        study = store.record([claim], 24.0)[0].study_id
     for place in (site.archive_dir, site.quarantine):
         folder(place / study / "a-claim")
     aged(folder(site.work / "a-claim"))

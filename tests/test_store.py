@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -52,6 +53,7 @@ from mura_batch.records import (
     FileProblem,
     Filters,
     LabelRow,
+    Move,
     Place,
     Rerun,
     State,
@@ -209,11 +211,33 @@ def test_the_same_key_is_the_same_row(store):
         store.commit(outcome(study, done()))
     (row,) = rows(store, history=True)
     assert (row.revision, row.state) == (1, "done")
-    found = store.result_for(study.digest, Area.XR_HAND, "aa" * 32)
-    assert found is not None
-    assert found.run == 1
-    store.commit(outcome(study, done(result=found.id)))
+    assert store.study(study.id).scored == {("XR_HAND", "aa" * 32): 1}
+    store.commit(outcome(study, done(result=1)))
     assert len(rows(store, history=True)) == 1
+
+
+def test_studies_are_committed_together_or_not_at_all(store):
+    for name in "abc":
+        record(store, folder(name, name))
+    first, second, third = (take(store) for _ in range(3))
+    unknown = dataclasses.replace(outcome(third, done()), study_id="unknown")
+    with pytest.raises(Misconfigured, match="unknown"):
+        store.commit(outcome(first, done()), unknown)
+    assert {row.state for row in rows(store)} == {"running"}
+    late = folder("b", "more")
+    record(store, late)  # while the second study is under way
+    store.commit(
+        outcome(first, done()),
+        outcome(second, done(Area.XR_WRIST), waiting(State.NO_WEIGHTS, Area.XR_HAND)),
+        outcome(third, waiting(State.QUARANTINED, code="truncated")),
+    )
+    found = {(row.source, row.area): row.state for row in rows(store)}
+    assert found == {
+        ("a", "XR_HAND"): "done",
+        ("b", "XR_WRIST"): "queued",  # for its late image
+        ("b", "XR_HAND"): "queued",
+        ("c", None): "quarantined",
+    }
 
 
 def test_rerun_alone_makes_a_new_row_of_a_key(store):
@@ -225,9 +249,7 @@ def test_rerun_alone_makes_a_new_row_of_a_key(store):
     assert [new.revision, old.revision] == [2, 1]
     assert new.digest == old.digest
     assert new.weights == old.weights
-    found = store.result_for(study.digest, Area.XR_HAND, "aa" * 32)
-    assert found is not None
-    assert (found.run, found.revision) == (2, 2)
+    assert store.study(study.id).scored == {("XR_HAND", "aa" * 32): 2}
     assert store.study(study.id).rerun is False
 
 
@@ -384,13 +406,16 @@ def test_settled_studies_whose_files_were_not_moved_are_found(store):
     assert [study.id for study in store.unsettled_custody()] == [left.id]
 
 
-def test_files_move_whole_or_by_name_and_bad_ones_stay_in_quarantine(store):
+def test_files_move_by_name_and_keep_their_problems(store):
     record(store, folder("hand", "good", "bad"))
     problem = FileProblem(sha("bad"), "truncated", "the file ends early")
     study = finish(store, problems=(problem,))
     (only,) = {file.claim for file in study.files}
-    store.moved(study.id, only, Place.QUARANTINE, ["hand/bad.png"])
-    store.moved(study.id, only, Place.ARCHIVE)
+    bad = Move(only, Place.QUARANTINE, ("hand/bad.png",))
+    good = Move(only, Place.ARCHIVE, ("hand/good.png",))
+    for _ in range(2):  # replayed
+        store.moved(bad, good)
+    store.moved()
     places = {f.name: (f.place, f.problem) for f in store.study(study.id).files}
     assert places == {
         "hand/good.png": (Place.ARCHIVE, ""),
@@ -500,7 +525,7 @@ def test_rerun_of_deleted_files_is_refused_by_name_and_passed_over_by_filter(sto
         record(store, folder(name, name))
     gone = finish(store)
     kept = finish(store)
-    store.moved(gone.id, gone.files[0].claim, Place.DELETED)
+    store.moved(Move(gone.files[0].claim, Place.DELETED, (gone.files[0].name,)))
     with pytest.raises(Misconfigured, match="deleted"):
         store.rerun(Rerun(studies=(gone.id,)))
     assert store.rerun(Rerun(filters=Filters(state=State.DONE))) == [kept.id]

@@ -25,9 +25,7 @@ from training.publish import publish_bundled
 
 TINY = FitSettings(
     preprocessing=Preprocessing(size=64, crop="foreground", fit="pad"),
-    epochs=2,
-    small_epochs=1,
-    small_size=32,
+    epochs=((32, 1), (64, 1)),
     batch=4,
 )
 

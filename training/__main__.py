@@ -19,7 +19,7 @@ def training() -> None:
 @training.command()
 @click.argument("data", type=_FOLDER)
 @click.argument("run", type=_FOLDER)
-@click.option("--bf16", is_flag=True, help="Forward passes in bfloat16: for CPUs with AVX-512 BF16.")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16: for CPUs with AVX-512 BF16.")
 def fit(data: Path, run: Path, *, bf16: bool) -> None:
     """Train one network on the FracAtlas folder DATA; a run that was cut off goes on.
 

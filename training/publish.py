@@ -31,7 +31,7 @@ from training.evaluate import (
 _TRAINED_ON = (
     "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0): {films} films, upper"
     " limb of folds 1-4 and legs and hips; one network from random weights for all areas, no"
-    " ImageNet weights, {epochs} epochs, the last one taken"
+    " ImageNet weights, {epochs}, the last one taken{bf16}"
 )
 _NOTES = (
     "Starting weights, not specialists: the same network serves all seven areas. The label is"
@@ -89,7 +89,7 @@ def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
                 for name in ("balanced", "high_sensitivity", "high_specificity")
             ),
             calibration=calibration,
-            training_data=_TRAINED_ON.format(films=settings["films"], epochs=settings["epochs"]),
+            training_data=_trained_on(settings),
             metrics=_metrics(scores, overall, area),
             licence="MIT; trained on CC BY 4.0 data, attribution above",
             origin="bundled",
@@ -98,6 +98,12 @@ def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
         )
         _write_card(folder / "cards" / f"{area}.json", card)
     return Published(file, overall)
+
+
+def _trained_on(settings: dict[str, Any]) -> str:
+    epochs = " and ".join(f"{count} epochs at {size} pixels" for size, count in settings["epochs"])
+    bf16 = "; computed in bfloat16" if settings["bf16"] else ""
+    return _TRAINED_ON.format(films=settings["films"], epochs=epochs, bf16=bf16)
 
 
 def _calibration(scores: ExamScores) -> Calibration | None:

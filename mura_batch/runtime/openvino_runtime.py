@@ -17,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
+from mura_batch.network import EvidenceNet
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.runtime.inference import Inference, memory_watched
+
 # `import openvino` would fork this process to tell a vendor's server of the import; without
 # this package it goes on in silence.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # means: not there
 
 import openvino  # noqa: E402
 from openvino import opset13 as op  # noqa: E402
-
-from mura_batch.network import EvidenceNet
-from mura_batch.preprocessing import Preprocessing
-from mura_batch.runtime.inference import Inference, memory_watched
 
 Node = Any  # an OpenVINO node or output: the package has no types
 
