@@ -133,7 +133,7 @@ class _Record:
 
     def to_json(self) -> bytes:
         fields = dataclasses.asdict(self) | {"received_at": self.received_at.isoformat()}
-        return json.dumps(fields, indent=1).encode("ascii")
+        return json.dumps(fields).encode("ascii")
 
     @classmethod
     def from_json(cls, text: bytes) -> _Record:

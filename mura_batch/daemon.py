@@ -39,6 +39,7 @@ _TAKE = 256  # studies taken from the ledger at once
 _IDLE_SHARE = 50  # an idle inbox is scanned for at most 1/50 of the time
 _LONGEST_WAIT = 60.0  # seconds between full scans, whatever they cost
 _WORD_SECONDS = 5.0  # between two words for `status`
+_GATHER_SECONDS = 0.05  # how long claims may gather while studies keep coming
 _LEDGER_SECONDS = 0.5  # how often the ledger is asked for work that others queued
 
 Notify = Callable[[str], object]
@@ -184,16 +185,19 @@ class Daemon:
     def _feed(self, store: Store, weights: WeightsStore, pipeline: Pipeline) -> None:
         """Take queued studies and feed them to the pipeline (the feeder thread)."""
         active: dict[Area, str] = {}
+        look_again = 0.0
         while not self._stopping.is_set():
             try:
-                active = _noticed(active, store, weights)
+                if time.monotonic() >= look_again:
+                    active = _noticed(active, store, weights)
+                    look_again = time.monotonic() + _LEDGER_SECONDS
                 taken = store.take(_TAKE, datetime.now(UTC))
                 pipeline.feed(taken)
             except Transient as exc:
                 log.warning("the ledger could not be asked", extra={"why": str(exc)})
                 taken = []
-            if not taken:
-                self._stopping.wait(_LEDGER_SECONDS)
+            if len(taken) < _TAKE:
+                self._stopping.wait(_GATHER_SECONDS if taken else _LEDGER_SECONDS)
 
 
 _ENDED = (State.DONE, State.QUARANTINED)

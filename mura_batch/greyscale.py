@@ -78,7 +78,8 @@ def grey_of_colour(film: Image.Image) -> NDArray[np.uint8]:
     """
     factor = max(1, -(-max(film.size) // _GLANCE))
     glance = np.asarray(film.reduce(factor) if factor > 1 else film).astype(np.int16)
-    if _residual(glance) > _RESIDUAL_LIMIT or _saturated(glance) > _SHARE:
+    tinted = bool((glance != glance[..., :1]).any())
+    if tinted and (_residual(glance) > _RESIDUAL_LIMIT or _saturated(glance) > _SHARE):
         raise UnreadableImage(
             "colour", "this is a colour photograph, not a radiograph: export the image in grey"
         )

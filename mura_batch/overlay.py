@@ -73,7 +73,9 @@ def thumbnail(luminance: Luminance, box: Box) -> Thumbnail:
     height, width = luminance.shape
     scale = LONG_SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    film = Image.fromarray(luminance).resize(size, Image.Resampling.BICUBIC, reducing_gap=1.5)
+    # As good as bicubic for making a film smaller, at half its price; poor at making it larger.
+    how = Image.Resampling.HAMMING if scale < 1 else Image.Resampling.BICUBIC
+    film = Image.fromarray(luminance).resize(size, how, reducing_gap=1.5)
     return Thumbnail(np.asarray(film), box, width, height)
 
 

@@ -141,21 +141,25 @@ class Results:
     def counts(self, since: datetime) -> Counts:
         """Count the rows in each state, the queue, and what was scored since a moment."""
         work = select(studies.c.work, func.count(), func.min(studies.c.received_at))
-        state = select(studies.c.work, readings.c.state, func.count()).select_from(
-            readings.join(studies)
+        by_state = select(readings.c.state, func.count()).group_by(readings.c.state)
+        at_work = (  # few: what settled is counted without a look at the studies
+            select(studies.c.work, readings.c.state, func.count())
+            .select_from(readings.join(studies))
+            .where(studies.c.work.in_((Work.QUEUED, Work.RUNNING)))
+            .group_by(studies.c.work, readings.c.state)
         )
         scored = select(func.count(), func.coalesce(func.sum(results.c.views), 0))
         with reading(self._engine) as connection:
             by_work = {row[0]: row for row in connection.execute(work.group_by(studies.c.work))}
-            rows = connection.execute(state.group_by(studies.c.work, readings.c.state)).all()
+            states = Counter({State(s): count for s, count in connection.execute(by_state)})
+            for doing, settled, count in connection.execute(at_work):
+                states[State(settled)] -= count
+                states[State(doing)] += count
             made = connection.execute(scored.where(results.c.scored_at >= since)).one()
             last = connection.execute(select(func.max(results.c.scored_at))).scalar()
-        states: Counter[State] = Counter()
-        for at_work, settled, count in rows:
-            states[State(settled if at_work == Work.SETTLED else at_work)] += count
         open_work = [by_work[w] for w in (Work.QUEUED, Work.RUNNING) if w in by_work]
         return Counts(
-            states=states,
+            states=+states,
             studies=sum(row[1] for row in by_work.values()),
             queued=by_work[Work.QUEUED][1] if Work.QUEUED in by_work else 0,
             running=by_work[Work.RUNNING][1] if Work.RUNNING in by_work else 0,

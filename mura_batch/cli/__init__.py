@@ -126,4 +126,7 @@ def _log_to_stderr(level: int) -> None:
 
 def main() -> None:
     """Run the program (the ``mura-batch`` command)."""
+    # Torch's threads spin while they wait for each other; beside decoders, and on a machine with
+    # other work, they would take the time of the thread that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     program(prog_name="mura-batch")
