@@ -11,7 +11,7 @@ import itertools
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -111,6 +111,7 @@ class Decision:
 
     def evidence(self) -> list[dict[str, str]]:
         """Return a JSON-ready row per witness: term, source, origin, verdict, weight, conflict."""
+        against = set(self.conflicts)
         return [
             {
                 "term": witness.term,
@@ -118,7 +119,7 @@ class Decision:
                 "origin": witness.clue.origin,
                 "verdict": str(witness.area or witness.verdict),
                 "weight": "weak" if witness.weak else "full",
-                "conflict": "yes" if witness in self.conflicts else "no",
+                "conflict": "yes" if witness in against else "no",
             }
             for witness in self.witnesses
         ]
@@ -224,7 +225,7 @@ def _why(backers: Sequence[Witness], place: str, conflicts: Sequence[Witness]) -
     says = "is outside the seven areas" if place == OUTSIDE else f"says {place}"
     more = len(backers) - 1
     agreed = f", {more} more agree{'s' if more == 1 else ''}" if more else ""
-    against = f"; weak and against it: {', '.join(map(str, conflicts))}" if conflicts else ""
+    against = f"; weak and against it: {_listed(conflicts, str, ', ')}" if conflicts else ""
     return f"{backers[0]} {says}{agreed}{against}"
 
 
@@ -235,12 +236,22 @@ def _why_a_person(
         named = next(w for w in witnesses if w.names(place))
         return f"{named} is the {place}, which this site has not counted as {Area.XR_SHOULDER}"
     if len(conflicts) > 1:
-        return f"these contradict one another: {'; '.join(_said(w) for w in conflicts)}"
+        return f"these contradict one another: {_listed(conflicts, _said, '; ')}"
     if conflicts:
         return f"nothing decides what {_said(conflicts[0])} means"
     if witnesses:
-        return f"too little to decide on: {'; '.join(_said(w) for w in witnesses)}"
+        return f"too little to decide on: {_listed(witnesses, _said, '; ')}"
     return "no code, word or folder name says which area it is"
+
+
+_MOST_LISTED = 6
+
+
+def _listed(witnesses: Sequence[Witness], told: Callable[[Witness], str], between: str) -> str:
+    """Return the distinct words of the witnesses, of many only the first."""
+    words = list(dict.fromkeys(map(told, witnesses)))
+    more = len(words) - _MOST_LISTED
+    return between.join(words[:_MOST_LISTED]) + (f"{between}and {more} more" if more > 0 else "")
 
 
 def _said(witness: Witness) -> str:

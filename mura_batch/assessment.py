@@ -45,7 +45,9 @@ def divide(study: Study, rules: AreaRules, answer: PersonAnswer | None) -> tuple
     A view without a single witness of its own goes with the others where they agree on one
     area; views that need a person form one part, views of other body parts another.
     """
-    decisions = [_decision(view, rules, answer) for view in study.views]
+    by_clues = {view.clues: view for view in study.views}  # frames of a file share them
+    told = {clues: _decision(view, rules, answer) for clues, view in by_clues.items()}
+    decisions = [told[view.clues] for view in study.views]
     decided = {d.area: d for d in decisions if d.area is not None}
     shared = next(iter(decided.values())) if len(decided) == 1 else None
     parts: dict[tuple[Area | None, str], tuple[Decision, list[View]]] = {}
@@ -88,7 +90,11 @@ class Conclusion:
 
 
 def conclude(logits: Sequence[float], card: Card, settings: Settings) -> Conclusion:
-    """Aggregate the views' logits (at least one) and hold the result against the threshold."""
+    """Aggregate the views' logits (at least one) and hold the result against the threshold.
+
+    Raises:
+        Misconfigured: the card has no operating point of the name that the settings ask for.
+    """
     logit = sum(logits) / len(logits)
     probability = aggregate([sigmoid(x) for x in logits], settings.aggregate)
     calibration = card.calibration if settings.aggregate == "mean" else None
@@ -114,7 +120,7 @@ def _threshold(card: Card, settings: Settings, *, raw: bool) -> tuple[float, str
     """Return threshold and its name; ``raw`` asks for the scale before calibration."""
     if settings.threshold is not None:
         return settings.threshold, "site"
-    point = next(p for p in card.operating_points if p.name == settings.operating_point)
+    point = card.point(settings.operating_point)
     if not raw or card.calibration is None:
         return point.threshold, point.name
     bounded = min(max(point.threshold, 1e-9), 1 - 1e-9)

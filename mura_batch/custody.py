@@ -169,6 +169,7 @@ class Custody:
         self._quarantine = settings.quarantine
         self._leave = settings.archive == "leave"
         self._ignored = ignored_names((*UNFINISHED, *settings.ignore))
+        self._cut_off: list[Path] = []  # claims in work that this process could not finish
 
     def claim(self, candidate: Candidate) -> Claim | None:
         """Take a unit's files out of the inbox (``leave``: hash them where they are).
@@ -178,7 +179,8 @@ class Custody:
         left. Folders of the inbox that this empties are removed with their ``.ready``.
 
         Raises:
-            Transient: nothing could be moved (permissions, full disk).
+            Transient: nothing could be moved (permissions, full disk), or what was moved could
+                not be read (a failing disk, a lost share): see :meth:`cut_off`.
         """
         now = datetime.now(UTC)
         claim_id = f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
@@ -186,10 +188,10 @@ class Custody:
         record = _Record(claim_id, now, dataclasses.replace(candidate, files=files))
         if not files:
             return None
-        if self._leave:
-            return self._claim_in_place(record)
         folder = self._work / claim_id
         try:
+            if self._leave:
+                return self._claim_in_place(record)
             folder.mkdir(parents=True)
             write_atomic(folder / _RECORD, lambda stream: stream.write(record.to_json()))
             sync_folder(self._work)
@@ -197,10 +199,25 @@ class Custody:
         except OSError as exc:
             with suppress(OSError):
                 self._drop_unless_holding(folder)
+            if folder.is_dir():
+                self._cut_off.append(folder)
             raise Transient(
-                f"a study stays in the inbox, it cannot be taken: {exc.strerror}; check the"
-                " free disk and the permissions of the inbox and of the home folder"
+                f"a study cannot be taken: {exc.strerror}; check the disks and the permissions"
+                " of the inbox and of the home folder"
             ) from exc
+
+    def cut_off(self) -> list[Claim]:
+        """Return the claims whose files were moved but could not be read then, as far as they can
+        be read now.
+        """
+        waiting, self._cut_off = self._cut_off, []
+        claims = []
+        for folder in waiting:
+            if (claim := self._resume(folder)) is not None:
+                claims.append(claim)
+            elif folder.is_dir():
+                self._cut_off.append(folder)
+        return claims
 
     def pending(self) -> list[Claim]:
         """Return every claim in work, oldest first; finishes what a crash cut off.
@@ -283,24 +300,42 @@ class Custody:
                     sync_folder(source.parent)
             self._drop_unless_holding(work)
 
-    def discard(self, claim_id: str) -> None:
-        """Delete a claim's files from work (``archive = "delete"``, after the commit).
+    def discard(self, study_id: str, claim_id: str) -> None:
+        """Delete a claim's files (``archive = "delete"``, after the commit): from work, or from
+        quarantine where all of it lay there.
 
         Raises:
             Transient: they cannot be deleted (permissions, lost share).
         """
-        folder = self._work / claim_id
+        work, _, quarantine = self._folders(study_id, claim_id)
         gone = self._work / f".{claim_id}{_GONE}"
         with _transient("deleted"):
-            if folder.is_dir():
-                folder.rename(gone)
+            if work.is_dir():
+                work.rename(gone)
                 sync_folder(self._work)
+            elif _told(quarantine / _REASON).get("whole"):
+                relocate(quarantine, gone, last=_REASON)
             if gone.is_dir():
                 shutil.rmtree(gone)
 
+    def absolve(self, study_id: str, claim_id: str) -> None:
+        """Take back the reason why a claim whose files stay in the inbox was refused.
+
+        Raises:
+            Transient: the quarantine cannot be changed (permissions, lost share).
+        """
+        _, _, quarantine = self._folders(study_id, claim_id)
+        if _told(quarantine / _REASON).get("whole"):
+            with _transient("taken out of quarantine"):
+                (quarantine / _REASON).unlink()
+            for folder in (quarantine, quarantine.parent):
+                with suppress(OSError):
+                    folder.rmdir()
+
     def locate(self, place: str, study_id: str, claim_id: str, name: str) -> Path:
-        """Return where a file lies: in ``place`` (work, archive, quarantine, inbox), or in
-        another one where a crash came between a move and its record.
+        """Return where a file lies: in ``place`` (work, archive, quarantine, inbox, or outside
+        the site, where ``name`` is its path), or in another one where a crash came between a
+        move and its record.
 
         Raises:
             Misconfigured: the file was deleted after its result (``archive = "delete"``).
@@ -313,6 +348,7 @@ class Custody:
             "archive": archive,
             "quarantine": quarantine,
             "inbox": self._inbox / name,
+            "outside": Path(name),
         }
         if place not in places:
             raise Misconfigured(

@@ -152,6 +152,7 @@ class Daemon:
 
     def _scan(self, inbox: Inbox, custody: Custody, pipeline: Pipeline) -> int:
         """Claim what is complete and record it; return how many claims were recorded."""
+        self._unrecorded += custody.cut_off()
         recorded = self._record(pipeline)
         for candidate in inbox.scan():
             if self._stopping.is_set():

@@ -85,7 +85,8 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
         scorer = stack.enter_context(warm_scorer(local, weights))
         with Pipeline(local, store, Custody(local), weights, scorer) as pipeline:
             claims = map(Custody(local).claim, _candidates(local, request.paths))
-            received = pipeline.receive([claim for claim in claims if claim is not None])
+            held = [claim for claim in claims if claim is not None]
+            received = pipeline.receive(held, outside=True)
             studies = [recorded.study_id for recorded in received]
             if request.area is not None:
                 store.rerun(Rerun(studies=tuple(studies)), request.area)

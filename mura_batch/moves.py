@@ -19,6 +19,7 @@ from mura_batch.atomic import sync_folder
 
 _PLAINLY = os.O_NOFOLLOW | os.O_NONBLOCK
 _CARRIED = ".carried.tmp"
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO}  # of this file, and to stay
 
 
 def digest(path: Path, name: str, status: os.stat_result) -> tuple[str, str]:
@@ -28,7 +29,7 @@ def digest(path: Path, name: str, status: os.stat_result) -> tuple[str, str]:
     files are not taken for one.
 
     Raises:
-        FileNotFoundError: it vanished.
+        OSError: it vanished, or the file system failed; reading it again may succeed.
     """
     if stat.S_ISLNK(status.st_mode):
         return _stand_in("symbolic_link", os.fsencode(path.readlink())), "symbolic_link"
@@ -37,9 +38,9 @@ def digest(path: Path, name: str, status: os.stat_result) -> tuple[str, str]:
     try:
         with open_regular(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest(), ""
-    except FileNotFoundError:
-        raise
-    except OSError:
+    except OSError as exc:
+        if exc.errno not in _REFUSALS:
+            raise
         known = os.fsencode(name) + b"\0%d\0%d" % (status.st_size, status.st_mtime_ns)
         return _stand_in("unreadable", known), "unreadable"
 

@@ -17,7 +17,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
@@ -35,6 +35,7 @@ from mura_batch.errors import (
     UnsupportedArea,
     WeightsRefused,
 )
+from mura_batch.moves import digest
 from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
 from mura_batch.preprocessing import Luminance, prepare
 from mura_batch.radiograph import read_luminance
@@ -56,7 +57,7 @@ from mura_batch.records import (
 )
 from mura_batch.scoring import Scorer, ViewScore
 from mura_batch.store import Store
-from mura_batch.study import SourceFile, Study, View, masked, read_study
+from mura_batch.study import Kind, SourceFile, Study, View, masked, read_study
 from mura_batch.weights import Card, WeightsStore
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ _steps = logging.getLogger("mura_batch.steps")
 
 _WAITING = {State.QUEUED, State.RUNNING, State.NEEDS_AREA, State.NO_WEIGHTS, State.FAILED}
 _NEVER_OPENED = {"symbolic_link", "not_a_file"}  # what a claim found; other files are read again
+_LEFT = {Place.INBOX, Place.OUTSIDE}
 _GROUP = 32  # studies that are committed together at most
 _VIEWS_IN_FLIGHT = 4  # batches' worth of views between decode and overlay
 
@@ -93,6 +95,7 @@ class _Job:
     stored: StoredStudy
     study: Study
     parts: list[_PartJob]
+    leaves_files: bool = False  # where others can still write them
     open_views: int = 1  # one more than the views, until all of them are on their way
     passing: MuraError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -142,11 +145,19 @@ class Pipeline:
 
     # ---- intake
 
-    def receive(self, claims: Sequence[Claim]) -> list[Recorded]:
-        """Record claims in the ledger; the studies they belong to are queued if they are news."""
+    def receive(self, claims: Sequence[Claim], *, outside: bool = False) -> list[Recorded]:
+        """Record claims in the ledger; the studies they belong to are queued if they are news.
+
+        Claims from ``outside`` the site stay where they are, and the caller feeds their studies.
+        """
         for claim in claims:
             _step("claimed", claim=claim.id)
         records = [self._claim_record(claim) for claim in claims]
+        if outside:
+            root = str(self._settings.inbox_dir)
+            records = [
+                replace(record, place=Place.OUTSIDE, root=root, queue=False) for record in records
+            ]
         recorded = self._store.record(records, self._settings.late_hours)
         for one in recorded:
             log.info("study received", extra={"study": one.study_id, "as": one.outcome})
@@ -156,7 +167,12 @@ class Pipeline:
         return recorded
 
     def _claim_record(self, claim: Claim) -> ClaimRecord:
-        header = read_study(claim.files[:1])
+        study_uid = accession = None
+        for file in claim.files if claim.kind is Kind.DICOM else claim.files[:1]:
+            header = read_study([file])
+            study_uid, accession = header.study_uid, header.accession
+            if study_uid:
+                break
         return ClaimRecord(
             id=claim.id,
             kind=claim.kind,
@@ -169,8 +185,8 @@ class Pipeline:
                 )
                 for f, found in zip(claim.files, claim.fingerprints, strict=True)
             ),
-            study_uid=header.study_uid,
-            accession=header.accession,
+            study_uid=study_uid,
+            accession=accession,
             place=Place.INBOX if self._settings.archive == "leave" else Place.WORK,
         )
 
@@ -219,11 +235,14 @@ class Pipeline:
 
     def _start(self, stored: StoredStudy) -> None:
         """Decide the areas and send every view that needs a score on its way."""
+        if not stored.files:
+            why = "other content came under its names before it could be read: see the newer study"
+            raise Rejected("replaced", why)
         study = read_study([self._source(stored, file) for file in stored.files])
         answer = PersonAnswer(stored.set_area, stored.set_all) if stored.set_area else None
         parts = [self._part_job(p, stored) for p in divide(study, self._settings.rules, answer)]
         _step("decided", study=stored.id)
-        job = _Job(stored, study, parts)
+        job = _Job(stored, study, parts, any(file.place in _LEFT for file in stored.files))
         for part in parts:
             for slot in part.slots:
                 if slot.error is None and part.card is not None:
@@ -237,7 +256,8 @@ class Pipeline:
             path = self._custody.locate(file.place, stored.id, file.claim, file.name)
             found = file.problem.partition(": ")[0]
             problem = found if found in _NEVER_OPENED else ""
-        return SourceFile(path, file.name, file.sha256, file.size, problem)
+        name = file.source if file.place is Place.OUTSIDE else file.name
+        return SourceFile(path, name, file.sha256, file.size, problem)
 
     def _part_job(self, part: Part, stored: StoredStudy) -> _PartJob:
         slots = [_Slot(view, error=view.problem) for view in part.views]
@@ -269,6 +289,8 @@ class Pipeline:
 
         def action() -> None:
             luminance = read_luminance(slot.view.file.path, slot.view.frame)
+            if job.leaves_files:
+                _still_the_same(slot.view.file)
             ready = prepare(luminance, card.preprocessing)
             picture = thumbnail(luminance, ready.box) if self._settings.overlays else None
             _step("decoded", study=job.stored.id)
@@ -375,7 +397,7 @@ class Pipeline:
             digest=job.stored.digest,
             at=now,
             readings=tuple(self._reading(part, job, now) for part in _joined(job.parts)),
-            problems=_file_problems(job.parts),
+            problems=_file_problems(job),
             events=tuple(
                 ("identifier_conflict", {"sop_instance_uid": uid}) for uid in job.study.conflicts
             ),
@@ -480,7 +502,7 @@ class Pipeline:
         reading = stored.readings[0]
         reason = _reason(reading.reason_code, reading.reason)
         moves = []
-        for claim, names in _by_claim(stored, Place.WORK).items():
+        for claim, names in _by_claim(stored, Place.WORK, Place.ARCHIVE).items():
             self._custody.to_quarantine(stored.id, claim, reason)
             moves.append(Move(claim, Place.QUARANTINE, names))
         for claim, names in _by_claim(stored, Place.INBOX).items():
@@ -497,9 +519,11 @@ class Pipeline:
                 self._custody.quarantine_file(stored.id, file.claim, file.name, reason)
                 if file.place is Place.WORK:
                     moves.append(Move(file.claim, Place.QUARANTINE, (file.name,)))
+        for claim in _by_claim(stored, Place.INBOX, whole=False):
+            self._custody.absolve(stored.id, claim)
         for claim, names in _by_claim(stored, Place.WORK, Place.QUARANTINE, whole=False).items():
             if self._settings.archive == "delete":
-                self._custody.discard(claim)
+                self._custody.discard(stored.id, claim)
                 moves.append(Move(claim, Place.DELETED, names))
             else:
                 self._custody.to_archive(stored.id, claim)
@@ -539,10 +563,15 @@ def _joined(parts: Sequence[_PartJob]) -> list[_PartJob]:
     return placed + loose[:1]
 
 
-def _file_problems(parts: Sequence[_PartJob]) -> tuple[FileProblem, ...]:
-    """Return the files none of whose views can ever be scored."""
+def _file_problems(job: _Job) -> tuple[FileProblem, ...]:
+    """Return the files none of whose views can ever be scored; known parts keep theirs."""
+    before = {file.sha256: file.problem.partition(": ") for file in job.stored.files}
     by_file: dict[str, list[Rejected | None]] = {}
-    for part in parts:
+    for part in job.parts:
+        for view in part.part.views if part.known is not None else ():
+            code, _, message = before[view.file.sha256]
+            kept = Rejected(code, message) if code else None
+            by_file.setdefault(view.file.sha256, []).append(kept)
         for slot in part.slots:
             error = slot.error
             if error is None and part.part.decision.outcome == "unsupported":
@@ -589,6 +618,16 @@ def _by_claim(
         if file.place in places and (whole or not file.problem):
             found[file.claim] = (*found.get(file.claim, ()), file.name)
     return found
+
+
+def _still_the_same(file: SourceFile) -> None:
+    """Refuse what was read of a file that stays where others can write it, if they did.
+
+    Raises:
+        Transient: its content is not the one that was claimed.
+    """
+    if digest(file.path, file.name, os.lstat(file.path)) != (file.sha256, ""):
+        raise Transient("a file was changed after it was found: it is read again as it is now")
 
 
 def _lasting(passing: MuraError | None) -> MuraError | None:

@@ -46,7 +46,8 @@ class Place(StrEnum):
     WORK = "work"
     ARCHIVE = "archive"
     QUARANTINE = "quarantine"
-    INBOX = "inbox"  # archive = "leave", or a file that was scored where it is
+    INBOX = "inbox"  # archive = "leave"
+    OUTSIDE = "outside"  # scored where it lies, away from the site's folders
     DELETED = "deleted"  # archive = "delete": gone after its result was committed
     REPLACED = "replaced"  # archive = "leave": other content lies under its name now
 
@@ -77,7 +78,8 @@ class ClaimRecord:
 
     Attributes:
         key: folder's relative path for ``Kind.FOLDER``; the other kinds' is not kept.
-        place: ``WORK``, or ``INBOX`` where the files stay where they are.
+        place: ``WORK``, or ``INBOX`` or ``OUTSIDE`` where the files stay where they are.
+        root: folder that the files' names start from, where they lie outside the site.
         queue: False where the caller scores the study itself at once (``score --save``): the
             study counts as running, and a daemon that starts meanwhile may finish it.
     """
@@ -91,6 +93,7 @@ class ClaimRecord:
     study_uid: str | None = None
     accession: str | None = None
     place: Place = Place.WORK
+    root: str = ""
     queue: bool = True
 
 

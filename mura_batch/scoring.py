@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_BREAKDOWNS = (RuntimeError, MemoryError, ValueError, OSError)  # what runtimes raise of their own
+
 
 @dataclass(frozen=True, slots=True)
 class ViewScore:
@@ -216,9 +218,10 @@ class Scorer:
     def _score(self, card: Card, views: list[_Waiting]) -> None:
         try:
             runtime = self._runtime(card)
-        except MuraError as exc:
+        except (MuraError, *_BREAKDOWNS) as exc:
+            lost = exc if isinstance(exc, MuraError) else Transient(f"loading the network: {exc}")
             for view in views:
-                view.score.set_exception(exc)
+                view.score.set_exception(lost)
             return
         self._forward(runtime, views)
 
@@ -227,7 +230,7 @@ class Scorer:
         self.forward_calls += 1
         try:
             result = runtime.infer(np.stack([view.pixels for view in views]))
-        except (Transient, RuntimeError, MemoryError, ValueError) as exc:
+        except (Transient, *_BREAKDOWNS) as exc:
             if len(views) == 1:
                 error = exc if isinstance(exc, Transient) else Transient(f"forward pass: {exc}")
                 views[0].score.set_exception(error)

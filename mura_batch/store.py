@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -472,7 +473,7 @@ def _add_files(connection: Connection, study: str, claim: ClaimRecord) -> None:
             {
                 "study_id": study,
                 "claim": claim.id,
-                "raw_name": os.fsencode(file.name),
+                "raw_name": os.fsencode(Path(claim.root, file.name) if claim.root else file.name),
                 "source": masked(file.name),
                 "sha256": file.sha256,
                 "size": file.size,

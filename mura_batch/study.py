@@ -36,7 +36,8 @@ class SourceFile:
         path: where it lies now.
         name: its path relative to the inbox, ``/`` between the parts; bytes that are no UTF-8
             stand in it as Python's surrogate escapes.
-        sha256: hexadecimal digest of the content; empty where it could not be read.
+        sha256: hexadecimal digest of the content, or of what is known of the file where its
+            content could not be read.
         size: bytes.
         problem: ``symbolic_link``, ``unreadable`` or ``not_a_file`` where the file could not
             even be opened, else empty.
@@ -141,7 +142,7 @@ def read_study(files: Sequence[SourceFile]) -> Study:
     """
     contents: dict[str, SourceFile] = {}
     for file in sorted(files, key=lambda file: file.name):
-        contents.setdefault(file.sha256 or file.name, file)
+        contents.setdefault(file.sha256, file)
     found = [_read(file) for file in contents.values()]
     views = tuple(view for one in found for view in one.views)
     by_uid: dict[str, set[str]] = {}
@@ -152,7 +153,7 @@ def read_study(files: Sequence[SourceFile]) -> Study:
         views=views,
         study_uid=next((one.study_uid for one in found if one.study_uid), None),
         accession=next((one.accession for one in found if one.accession), None),
-        digest=content_digest(file.sha256 for file in files if file.sha256),
+        digest=content_digest(file.sha256 for file in files),
         conflicts=tuple(sorted(uid for uid, hashes in by_uid.items() if len(hashes) > 1)),
     )
 
@@ -238,6 +239,7 @@ _TEXTS = {
     "StudyDescription": Source.DESCRIPTION,
     "ImageComments": Source.COMMENT,
 }
+_MOST_ITEMS = 16  # of a sequence are read: honest ones have one or two
 _PROCEDURE_CODES = ("PerformedProtocolCodeSequence", "ProcedureCodeSequence")
 _KEYWORDS = (
     *_GROUPED_BY,
@@ -265,7 +267,7 @@ def _header_clues(dicom_file: Any, dataset: Any) -> tuple[Clue, ...]:
     for keyword in _PROCEDURE_CODES:
         clues += [
             Clue(Source.DESCRIPTION, keyword, dicom_file.text(item, "CodeMeaning"))
-            for item in dicom_file.items(dataset, keyword)
+            for item in dicom_file.items(dataset, keyword)[:_MOST_ITEMS]
         ]
     clues += [
         Clue(
@@ -273,7 +275,7 @@ def _header_clues(dicom_file: Any, dataset: Any) -> tuple[Clue, ...]:
             "RequestedProcedureDescription",
             dicom_file.text(item, "RequestedProcedureDescription"),
         )
-        for item in dicom_file.items(dataset, "RequestAttributesSequence")
+        for item in dicom_file.items(dataset, "RequestAttributesSequence")[:_MOST_ITEMS]
     ]
     return tuple(clue for clue in clues if clue.text)
 
@@ -284,9 +286,13 @@ def _region_clues(dicom_file: Any, dataset: Any, frame: int) -> Iterator[Clue]:
         *dicom_file.items(dataset, "PerFrameFunctionalGroupsSequence")[frame : frame + 1],
         *dicom_file.items(dataset, "SharedFunctionalGroupsSequence")[:1],
     ]
-    anatomy = [item for group in groups for item in dicom_file.items(group, "FrameAnatomySequence")]
+    anatomy = [
+        item
+        for group in groups
+        for item in dicom_file.items(group, "FrameAnatomySequence")[:_MOST_ITEMS]
+    ]
     for holder in (dataset, *anatomy):
-        for item in dicom_file.items(holder, "AnatomicRegionSequence"):
+        for item in dicom_file.items(holder, "AnatomicRegionSequence")[:_MOST_ITEMS]:
             scheme = dicom_file.text(item, "CodingSchemeDesignator").upper()
             code = dicom_file.text(item, "CodeValue") or dicom_file.text(item, "LongCodeValue")
             known = scheme in _SNOMED or (not scheme and _SNOMED_FORM.fullmatch(code))

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mura_batch import moves
 from mura_batch.config import Settings
 from mura_batch.custody import Candidate, Claim, Custody, FoundFile, Reason, _Record
 from mura_batch.errors import Misconfigured, Transient
@@ -312,9 +313,9 @@ def test_discard_is_finished_after_a_kill(fast: Path) -> None:
         custody = Custody(settings)
         claim = custody.claim(unit(settings))
         assert claim is not None
-        was_killed = killed(nth, lambda c=custody, i=claim.id: c.discard(i))
+        was_killed = killed(nth, lambda c=custody, i=claim.id: c.discard(STUDY, i))
         assert custody.pending() in ([], [claim]), "whole, or gone: never a part of it"
-        custody.discard(claim.id)
+        custody.discard(STUDY, claim.id)
         assert list(settings.work.iterdir()) == []
         with pytest.raises(Misconfigured, match="deleted"):
             custody.locate("deleted", STUDY, claim.id, "loose.dcm")
@@ -371,7 +372,7 @@ def test_leave_hashes_and_moves_nothing(tmp_path: Path) -> None:
         assert custody.locate("inbox", STUDY, claim.id, file.name) == file.path
     assert list(settings.work.iterdir()) == []
     custody.to_archive(STUDY, claim.id)
-    custody.discard(claim.id)
+    custody.discard(STUDY, claim.id)
     custody.to_quarantine(STUDY, claim.id, REASON, sources=list(FILES))
     told = json.loads((settings.quarantine / STUDY / claim.id / "reason.json").read_text())
     assert told["code"] == "truncated"
@@ -537,3 +538,25 @@ def test_record_reads_back_what_it_wrote(*, files: list[FoundFile], key: str, ha
     candidate = Candidate(Kind.FOLDER, key, tuple(files), "cap")
     record = _Record("id", datetime.now(UTC), candidate, ("0",) * len(files) if hashed else None)
     assert _Record.from_json(record.to_json()) == record
+
+
+def test_a_file_that_the_disk_fails_to_read_is_hashed_when_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = site(tmp_path)
+    drop(settings)
+    custody = Custody(settings)
+
+    def failing(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(moves, "open_regular", failing)
+        with pytest.raises(Transient, match="Input/output error"):
+            custody.claim(unit(settings))
+        assert custody.cut_off() == []
+    (claim,) = custody.cut_off()
+    assert {file.name: (file.sha256, file.problem) for file in claim.files} == {
+        name: (hashlib.sha256(content).hexdigest(), "") for name, content in FILES.items()
+    }
+    assert custody.cut_off() == []

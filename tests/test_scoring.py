@@ -156,3 +156,24 @@ def test_leaving_scores_what_waits(watched: Watched, card: Card) -> None:
         scorer.announce(card)
         score = scorer.submit(card, views(card, 1)[0])
     assert np.isfinite(score.result(0).logit)
+
+
+@pytest.mark.parametrize(
+    "breakdown", [MemoryError(), RuntimeError("CUDA error"), OSError(5, "EIO")]
+)
+def test_a_network_that_cannot_be_loaded_now_is_tried_again(
+    watched: Watched, card: Card, breakdown: Exception
+) -> None:
+    loads = iter([breakdown])
+
+    def load_once_broken(_: Card) -> Watched:
+        for error in loads:
+            raise error
+        return watched
+
+    with Scorer(load_once_broken, batch_seconds=0) as scorer:
+        scorer.announce(card)
+        with pytest.raises(Transient, match="loading the network"):
+            scorer.submit(card, views(card, 1)[0]).result(timeout=30)
+        scorer.announce(card)
+        assert np.isfinite(scorer.submit(card, views(card, 1)[0]).result(timeout=30).logit)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from mura_batch.area import Clue, Source
+from mura_batch.area import AreaRules, Clue, Source
+from mura_batch.assessment import divide
 from mura_batch.study import Peek, SourceFile, content_digest, masked, peek, read_study
 
 PIXELS = np.zeros((4, 4), np.uint16)
@@ -239,3 +240,16 @@ def test_the_digest_is_of_the_set_of_contents(hashes):
 def test_records_without_dicom_do_not_import_pydicom():
     script = "import sys, mura_batch.study; assert 'pydicom' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_header_of_thousands_of_codes_is_no_burden(tmp_path):
+    parts = [f"{part} {number}" for number in range(2000) for part in ("hand", "knee")]
+    codes = Sequence([coded("1", part, "99X")[0] for part in parts])
+    film = made_dicom.write(
+        tmp_path / "x", PIXELS, ProcedureCodeSequence=codes, AnatomicRegionSequence=codes
+    )
+    read = read_study([source(film)])
+    assert len(read.views[0].clues) < 50
+    (part,) = divide(read, AreaRules(), None)
+    assert part.decision.outcome == "needs_person"
+    assert len(part.decision.why) < 1000

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from site_home import SAMPLES, film, make_home
 
+from mura_batch import pipeline
 from mura_batch.area import Area
 from mura_batch.config import Settings
 from mura_batch.daemon import Daemon
@@ -246,3 +247,89 @@ def test_no_patient_data_in_the_log(site: Settings, caplog: pytest.LogCaptureFix
     assert "recorded" in text
     assert "Doe" not in text
     assert "4711" not in text
+
+
+def test_what_others_can_write_is_scored_as_it_was_claimed_or_not_at_all(
+    site: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = replace(site, archive="leave")
+    target = film(site.inbox_dir / "hand.png", 1)
+    other = film(site.home / "other.png", 2).read_bytes()
+    read = pipeline.read_luminance
+
+    def after_a_change(path: Path, frame: int):
+        if path == target and path.read_bytes() != other:
+            path.write_bytes(other)
+        return read(path, frame)
+
+    monkeypatch.setattr(pipeline, "read_luminance", after_a_change)
+    while {row.state for row in run(site)} != {"done", "failed"}:
+        time.sleep(0.05)
+    (failed,) = rows(site, state="failed")
+    assert "replaced: " in failed.reason
+    (done,) = rows(site, state="done")
+    (view,) = (view for view in images(site) if view.study == done.study)
+    again = replace(site, home=make_home(tmp_path / "other").path)
+    film(again.inbox_dir / "hand.png", 2)
+    assert run(again)[0].digest == done.digest
+    assert images(again)[0].logit == view.logit
+
+
+def test_a_claimed_accession_is_that_of_the_first_dicom_file(site: Settings) -> None:
+    save_dicom(site.inbox_dir / "st/b.dcm", AccessionNumber="ACC77")
+    (site.inbox_dir / "st/a_report.txt").write_text("no picture")
+    assert {row.accession for row in run(site)} == {"ACC77"}
+
+
+def test_an_unreadable_view_stays_known_when_its_part_is_not_scored_again(site: Settings) -> None:
+    uid = {"StudyInstanceUID": "1.2.3"}
+    shutil.rmtree(site.weights_dir / "XR_WRIST")
+    save_dicom(site.inbox_dir / "st/a", **uid, BodyPartExamined="HAND")
+    save_dicom(site.inbox_dir / "st/w", **uid, BodyPartExamined="WRIST", mark=2)
+    bad = save_dicom(site.inbox_dir / "st/b.dcm", **uid, BodyPartExamined="HAND", mark=1)
+    bad.write_bytes(bad.read_bytes()[:-500])
+    assert {row.area: row.state for row in run(site)} == {
+        "XR_HAND": "done",
+        "XR_WRIST": "no_weights",
+    }
+    WeightsStore(site.weights_dir).install_bundled()
+    assert {row.state for row in run(site)} == {"done"}
+    assert kept(site, "quarantine") == ["b.dcm"]
+    assert kept(site, "archive") == []  # the other two have no ending
+    assert not list(site.work.iterdir())
+
+
+@pytest.mark.parametrize("archive", ["leave", "delete", "move"])
+def test_what_a_person_saves_from_quarantine_leaves_nothing_there(
+    site: Settings, archive: str
+) -> None:
+    site = replace(site, archive=archive)
+    save_dicom(site.inbox_dir / "knee.dcm", BodyPartExamined="KNEE")
+    refused = run(site)[0]
+    assert refused.state == "quarantined"
+    assert list(site.quarantine.rglob("reason.json"))
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(studies=(refused.study,)), Area.XR_ELBOW)
+    assert [row.state for row in run(site)] == ["done"]
+    assert [path for path in site.quarantine.rglob("*") if path.is_file()] == []
+    places = {"leave": "inbox", "move": "archive"}
+    for place in ("inbox", "work", "archive"):
+        assert kept(site, place) == (["knee.dcm"] if places.get(archive) == place else [])
+
+
+def test_a_setting_that_the_weights_cannot_meet_is_named(site: Settings) -> None:
+    folder = site.weights_dir / "XR_HAND"
+    (card,) = (file for file in folder.glob("*.json") if file.name != "active.json")
+    told = json.loads(card.read_text())
+    told["operating_points"] = [
+        point for point in told["operating_points"] if point["name"] == "balanced"
+    ]
+    card.write_text(json.dumps(told))
+    film(site.inbox_dir / "hand.png", 1)
+    row = run(replace(site, operating_point="high_sensitivity"))[0]
+    assert row.state == "failed"
+    assert "misconfigured" in row.reason
+    assert "set operating_point to one of these" in row.reason
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(failed=True))
+    assert [row.state for row in run(site)] == ["done"]
