@@ -268,7 +268,7 @@ def test_what_others_can_write_is_scored_as_it_was_claimed_or_not_at_all(
     (failed,) = rows(site, state="failed")
     assert "replaced: " in failed.reason
     (done,) = rows(site, state="done")
-    (view,) = (view for view in images(site) if view.study == done.study)
+    (view,) = (view for view in images(site) if view.study.study == done.study)
     again = replace(site, home=make_home(tmp_path / "other").path)
     film(again.inbox_dir / "hand.png", 2)
     assert run(again)[0].digest == done.digest
