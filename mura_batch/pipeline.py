@@ -382,6 +382,9 @@ class Pipeline:
         self._store.commit(*outcomes)
         for outcome in outcomes:
             _step("committed", study=outcome.study_id)
+            for problem in outcome.problems:
+                lost = {"study": outcome.study_id, "code": problem.code}
+                log.warning("a file could not be scored", extra=lost)
             for reading in outcome.readings:
                 facts = {"study": outcome.study_id, "area": reading.area, "state": reading.state}
                 log.info("study finished", extra=facts)
@@ -421,8 +424,14 @@ class Pipeline:
                 result=result,
             )
 
+        def done(result: NewResult | int) -> ReadingOutcome:
+            if not job.study.conflicts:
+                return ended(State.DONE, result=result)
+            told = "files of different content have one SOP Instance UID: all were scored"
+            return ended(State.DONE, "identifier_conflict", told, result)
+
         if job_part.known is not None:
-            return ended(State.DONE, result=job_part.known)
+            return done(job_part.known)
         errors = [slot.error for slot in job_part.slots]
         first = next((error for error in errors if error is not None), None)
         if first is not None and all(errors):
@@ -430,12 +439,14 @@ class Pipeline:
         if decision.outcome == "unsupported":
             return ended(State.QUARANTINED, "unsupported_area", decision.why)
         if area is None:
-            todo = f"{decision.why}; answer with `mura-batch rerun {job.stored.id} --set-area AREA`"
-            return ended(State.NEEDS_AREA, "needs_area", todo)
+            answer = f"answer with `mura-batch rerun {job.stored.id} --set-area AREA`"
+            if all(file.place is Place.OUTSIDE for file in job.stored.files):
+                answer = "name it with `--area AREA`"
+            return ended(State.NEEDS_AREA, "needs_area", f"{decision.why}; {answer}")
         scores = [slot.score.logit for slot in job_part.slots if slot.score is not None]
         if job_part.card is None or not scores:
             return ended(State.NO_WEIGHTS, "no_weights", _no_weights(area, job.passing))
-        return ended(State.DONE, result=self._result(job_part, job_part.card, scores, now))
+        return done(self._result(job_part, job_part.card, scores, now))
 
     def _result(
         self, job_part: _PartJob, card: Card, logits: Sequence[float], now: datetime

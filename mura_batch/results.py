@@ -495,7 +495,6 @@ def _with_files(filters: Filters) -> Select[Any]:
 def _current_columns() -> list[ColumnElement[Any]]:
     settled = studies.c.work == Work.SETTLED
     told = case(
-        (readings.c.state == State.DONE, null()),
         (readings.c.reason_code == "", null()),
         else_=readings.c.reason_code + ": " + readings.c.reason,
     )

@@ -333,3 +333,13 @@ def test_a_setting_that_the_weights_cannot_meet_is_named(site: Settings) -> None
     with Store.open(site.database_url) as store:
         store.rerun(Rerun(failed=True))
     assert [row.state for row in run(site)] == ["done"]
+
+
+def test_two_contents_of_one_sop_instance_uid_are_both_scored_and_told(site: Settings) -> None:
+    same = {"StudyInstanceUID": "1.2.3", "SOPInstanceUID": "1.2.3.4"}
+    save_dicom(site.inbox_dir / "a", **same)
+    save_dicom(site.inbox_dir / "b", **same, mark=1)
+    (row,) = run(site)
+    assert (row.state, row.views, row.views_failed) == ("done", 2, 0)
+    assert row.reason.startswith("identifier_conflict: ")
+    assert rows(site, reason="identifier_conflict") == [row]
