@@ -221,14 +221,23 @@ def native_bytes(stream: BinaryIO, header: Header, start: int, size: int) -> byt
 
 
 def _inflated(stream: BinaryIO, skip: int, size: int) -> bytes:
-    """Return a slice of a raw deflate stream without holding more than the slice."""
+    """Return a slice of a raw deflate stream without holding more than the slice.
+
+    Raises:
+        UnreadableImage: ``corrupt`` where the stream is damaged.
+    """
     engine = zlib.decompressobj(-zlib.MAX_WBITS)
     kept = bytearray()
     while len(kept) < size and not engine.eof:
         packed = engine.unconsumed_tail or stream.read(_INFLATE_STEP)
         if not packed:
             break
-        piece = engine.decompress(packed, _INFLATE_STEP)
+        try:
+            piece = engine.decompress(packed, _INFLATE_STEP)
+        except zlib.error as exc:
+            raise UnreadableImage(
+                "corrupt", "its deflated pixels are damaged: send or export the image again"
+            ) from exc
         kept += piece[skip:]
         skip = max(0, skip - len(piece))
     return bytes(kept[:size])

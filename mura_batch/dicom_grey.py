@@ -14,6 +14,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
 from mura_batch.dicom_file import items, number, text, values
+from mura_batch.errors import UnreadableImage
 from mura_batch.greyscale import eight_bits, stretched
 
 KEYWORDS = (
@@ -58,20 +59,29 @@ class GreyTable:
     little_endian: bool
 
     def rendered(self, stored: NDArray[Any]) -> NDArray[np.uint8]:
-        """Return the luminance (H, W) of stored words (H, W)."""
+        """Return the luminance (H, W) of stored words (H, W).
+
+        Raises:
+            UnreadableImage: ``corrupt`` where the rescale leaves the finite numbers.
+        """
         words = unsigned_words(stored)
         if words.dtype.itemsize > 2:  # noqa: PLR2004 - a table of 2**32 values is no table
             domain, flat = np.unique(words, return_inverse=True)
             words = flat.reshape(words.shape)
         else:
             domain = np.arange(np.iinfo(words.dtype).max + 1)
-        table = self._table(domain.astype(np.int64), words)
+        with np.errstate(over="ignore", invalid="ignore"):  # judged or clipped in the table
+            table = self._table(domain.astype(np.int64), words)
         return _gathered(table, words)
 
     def _table(self, domain: NDArray[np.int64], words: NDArray[Any]) -> NDArray[np.uint8]:
         stored = self._interpreted(domain)
         padding = self._padding(stored)
         modality = self._modality(stored)
+        if not np.isfinite(np.ptp(modality)):
+            raise UnreadableImage(
+                "corrupt", "its rescale gives no finite grey values: export the study again"
+            )
         display = self._voi(modality)
         if display is None:
             counts = np.bincount(words.ravel(), minlength=domain.size)
@@ -181,9 +191,10 @@ def _lut(item: Dataset, *, little: bool) -> _Lut | None:
         order = "<u2" if little else ">u2"
         entries = np.frombuffer(entries.astype(order).tobytes(), np.uint8).astype(np.int64)
     table = entries[:count].astype(np.float64)
-    # Some writers state 16 bits for tables that end at 4095: the entries themselves decide.
+    # Some writers state 16 bits for tables that end at 4095, some fewer than their entries have:
+    # the entries themselves decide.
     needed = max(1, int(table.max()).bit_length())
-    return _Lut(first, table, float((1 << (min(bits, needed) or needed)) - 1))
+    return _Lut(first, table, float((1 << needed) - 1))
 
 
 def _sixteen_bits(item: Dataset, keyword: str, *, little: bool) -> NDArray[np.int64]:

@@ -17,7 +17,6 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, convert_color_space
 from pydicom.uid import UID, AllTransferSyntaxes, RLELossless
-from rle.rle import decode_segment  # type: ignore[import-not-found]  # compiled, no stubs
 
 from mura_batch import dicom_grey
 from mura_batch.dicom_file import (
@@ -30,9 +29,9 @@ from mura_batch.dicom_file import (
     values,
 )
 from mura_batch.dicom_grey import GreyTable, unsigned_words
-from mura_batch.errors import UnreadableImage
+from mura_batch.errors import Transient, UnreadableImage
 from mura_batch.greyscale import grey_of_colour
-from mura_batch.untrusted import DECODER_ERRORS, check_size, hush, size_of
+from mura_batch.untrusted import DECODER_ERRORS, LATER, check_size, hush, size_of
 
 _PALETTES = [
     f"{kind}{colour}PaletteColorLookupTable{part}"
@@ -90,6 +89,8 @@ def read_dicom(stream: BinaryIO, frame: int) -> NDArray[np.uint8]:
     Raises:
         UnreadableImage: ``corrupt``, ``too_deep``, ``no_pixels``, ``truncated``, ``too_large``,
             ``transfer_syntax``, ``unsupported_pixels`` or ``colour``.
+        Transient: the file system failed between the fragments of compressed pixels.
+        OSError: it failed elsewhere.
     """
     hush()
     header = read_header(stream, _KEYWORDS)
@@ -156,9 +157,10 @@ def _layout(dataset: Dataset) -> _Layout:
         planar=integer(dataset, "PlanarConfiguration", 0),
         frames=max(1, integer(dataset, "NumberOfFrames", 1)),
     )
-    grey = layout.photometric in {"MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"}
+    palette = layout.photometric == "PALETTE COLOR"
+    grey = palette or layout.photometric in {"MONOCHROME1", "MONOCHROME2"}
     if (
-        layout.allocated not in {8, 16, 32}
+        layout.allocated not in ({8, 16} if palette else {8, 16, 32})
         or not 1 <= layout.stored <= layout.allocated
         or layout.samples != (1 if grey else 3)
         or not (grey or layout.photometric.startswith(("RGB", "YBR_")))
@@ -248,37 +250,75 @@ def _decompressed(
 
 
 _ITEM_HEADER = 8  # bytes: looked for once more where the last delimiter was left out
+_HEADROOM = 1 << 20  # bytes that tables and markers may take beside a frame
+_END_OF_IMAGE = b"\xff\xd9"
 
 
 class _Clipped:
-    """A file whose reads never ask for more than is there, whatever length a header claims.
+    """A file whose reads ask neither for more than is there nor for more than one frame takes.
+
+    pydicom takes any exception in the wrong place for the end of the pixels: a file that failed
+    once fails at every further read.
 
     Attributes:
-        cut_off: a fragment claimed more than is there.
+        joined: images follow each other in fragments that no table assigns to them: ``largest``
+            bytes are allowed for each, and not in all.
+        failure: what the first read that failed has raised.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, largest: int) -> None:
         self._stream = stream
         self._size = size_of(stream)
-        self.cut_off = False
+        self._largest = self._allowed = largest
+        self.joined = False
+        self.failure: Exception | None = None
         self.seek = stream.seek
         self.tell = stream.tell
 
     def read(self, size: int = -1, /) -> bytes:
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return self._read(size)
+        except OSError as exc:
+            self.failure = Transient(LATER)
+            raise self.failure from exc
+        except (EOFError, UnreadableImage) as exc:
+            self.failure = exc
+            raise
+
+    def _read(self, size: int) -> bytes:
         left = max(0, self._size - self._stream.tell())
-        self.cut_off = self.cut_off or size > max(left, _ITEM_HEADER)
-        return self._stream.read(left if size < 0 else min(size, left))
+        if size > max(left, _ITEM_HEADER):
+            raise EOFError
+        size = left if size < 0 else min(size, left)
+        self._allowed -= size
+        if self._allowed < 0:
+            raise UnreadableImage(
+                "too_large", "its compressed pixels are larger than plain ones: export it again"
+            )
+        data = self._stream.read(size)
+        if self.joined and _END_OF_IMAGE in data[-10:]:  # where pydicom looks for it
+            self._allowed = self._largest
+        return data
 
 
 def _packed_frame(stream: BinaryIO, header: Header, layout: _Layout, frame: int) -> bytes:
-    stream.seek(header.pixels.offset if header.pixels else 0)
+    start = header.pixels.offset if header.pixels else 0
     tables = [values(header.dataset, f"ExtendedOffsetTable{part}")[:1] for part in ("", "Lengths")]
     extended = (tables[0][0], tables[1][0]) if all(tables) else None
-    clipped: Any = _Clipped(stream)
-    packed = get_frame(clipped, frame, extended_offsets=extended, number_of_frames=layout.frames)
-    if clipped.cut_off:
-        raise EOFError
-    return bytes(packed)
+    clipped: Any = _Clipped(stream, 2 * layout.frame_bytes + _HEADROOM)
+    clipped.seek(start)
+    basic = any(clipped.read(_ITEM_HEADER)[4:])
+    clipped.joined = layout.frames > 1 and not (extended or basic)
+    clipped.seek(start)
+    try:
+        return bytes(
+            get_frame(clipped, frame, extended_offsets=extended, number_of_frames=layout.frames)
+        )
+    finally:
+        if clipped.failure is not None:
+            raise clipped.failure
 
 
 _RLE_HEADER = 64  # bytes
@@ -287,8 +327,8 @@ _RLE_HEADER = 64  # bytes
 def _run_lengths(packed: bytes, layout: _Layout) -> NDArray[Any]:
     """Decode an RLE frame (PS3.5 annex G): a segment for each byte of each sample, high byte first.
 
-    pydicom's plugin hands the whole frame to a Rust function that panics (no ``Exception``) where a
-    segment holds more than the header says; segment by segment it refuses like any other decoder.
+    Runs are expanded by Pillow, which stops at the last pixel: the decoders of pydicom and its
+    plugins expand whatever a segment holds, up to 64 times its size, before they look at it.
     """
     size = layout.allocated // 8
     count, *offsets = struct.unpack_from("<16I", packed)
@@ -296,15 +336,16 @@ def _run_lengths(packed: bytes, layout: _Layout) -> NDArray[Any]:
         raise ValueError("as many segments as bytes of a pixel are expected")
     ends = [*offsets[1:count], len(packed)]
     pixels = layout.rows * layout.columns
-    planes = []
-    for start, end in zip(offsets[:count], ends, strict=True):
+    mode = "L" if pixels % 4 else "RGBA"  # Pillow hands over four bytes sooner than single ones
+    samples = np.zeros((pixels, layout.samples), f"u{size}")
+    for segment, (start, end) in enumerate(zip(offsets[:count], ends, strict=True)):
         if not _RLE_HEADER <= start < end:
             raise ValueError("segments follow each other and are not empty")
-        planes.append(np.frombuffer(decode_segment(packed[start:end]), np.uint8)[:pixels])
-    samples = np.zeros((len(planes[0]), layout.samples), f"u{size}")
-    for segment, plane in enumerate(planes):
-        sample, byte = divmod(segment, size)
-        samples[:, sample] |= plane.astype(samples.dtype) << 8 * (size - 1 - byte)
+        runs = packed[start:end]
+        plane = Image.frombytes(mode, (pixels // len(mode), 1), runs, "packbits", mode)
+        sample = samples[:, segment // size]
+        sample <<= 8
+        sample |= np.asarray(plane).ravel()
     if layout.samples == 1:
         return samples.reshape(layout.rows, layout.columns)
     frame = samples.reshape(layout.rows, layout.columns, layout.samples)

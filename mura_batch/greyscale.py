@@ -48,8 +48,8 @@ def _robust_range(values: NDArray[np.float64], counts: NDArray[np.int64]) -> tup
 
 
 def eight_bits(display: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Return 0–1 as 0–255, rounded."""
-    return np.rint(display * 255.0).astype(np.uint8)
+    """Return 0–1 as 0–255, rounded; what lies outside is clipped."""
+    return np.rint(np.clip(display, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 _GLANCE = 256  # pixels of the longer side at which colour is judged: evens out chroma noise

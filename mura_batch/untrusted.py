@@ -43,6 +43,9 @@ DECODER_ERRORS = (
 )
 """What Pillow, pydicom and their codecs were seen to raise on broken files."""
 
+LATER = "the file could not be read just now: check the disk or share"
+"""What :class:`Transient` says where the file system failed, not the file."""
+
 Format = Literal["png", "jpeg", "dicom", "other"]
 
 
@@ -64,7 +67,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             "unreadable", "the file is gone or may not be read: check its permissions"
         ) from exc
     except OSError as exc:
-        raise Transient("the file could not be read just now: check the disk or share") from exc
+        raise Transient(LATER) from exc
     except MemoryError as exc:
         raise Transient("too little memory to read an image: close other programs") from exc
 

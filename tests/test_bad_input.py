@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import os
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import made_dicom
@@ -17,7 +22,9 @@ import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydicom.encaps import encapsulate, generate_frames
 
+from mura_batch import untrusted
 from mura_batch.errors import Transient, UnreadableImage
 from mura_batch.radiograph import read_luminance
 from mura_batch.study import SourceFile, peek, read_study
@@ -92,6 +99,14 @@ def deflate_bomb(folder: Path) -> bytes:
     return meta + engine.compress(body) + b"".join(zeros) + engine.flush()
 
 
+def damaged_deflate(folder: Path) -> bytes:
+    """Deflated pixels that are damaged further in than the header is searched for."""
+    noise = np.random.default_rng(4).integers(0, 65536, (3000, 3000), np.uint16)
+    content = bytearray(made_dicom.write(folder / "made", noise, DEFLATED).read_bytes())
+    content[-100_000:-50_000] = b"\xff" * 50_000
+    return bytes(content)
+
+
 def items_without_end() -> bytes:
     start = b"\x40\x00\x75\x02SQ\0\0\xff\xff\xff\xff"
     meta = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\0"
@@ -119,6 +134,26 @@ def endless_jp2(folder: Path) -> bytes:
     at = content.index(b"\xff\x4f\xff\x51")
     boxes = b"\x00\x00\x00\x0cjP  \r\n\x87\n" + b"\0" * 8
     return content[:at] + boxes + content[at + len(boxes) :]
+
+
+def indexed(folder: Path, dtype: type) -> bytes:
+    """Pixels of ``dtype`` that are indices into a palette of 256 colours."""
+    palette: dict[str, object] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for colour in ("Red", "Green", "Blue"):
+        palette[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        palette[f"{colour}PaletteColorLookupTableData"] = bytes(512)
+    return made_dicom.write(folder / "made", FILM.astype(dtype), **palette).read_bytes()
+
+
+def run_lengths(folder: Path, packed_bytes: int) -> bytes:
+    """An RLE frame of 64 x 64 bytes whose one segment expands to 64 times ``packed_bytes``."""
+    segment = b"\x81\x2a" * (packed_bytes // 2)
+    packed = struct.pack("<16I", 1, 64, *(0,) * 14) + segment
+    made = made_dicom.write(folder / "made", FILM.astype(np.uint8), RLE)
+    content = pydicom.dcmread(made)
+    content.PixelData = encapsulate([packed])
+    content.save_as(made)
+    return made.read_bytes()
 
 
 HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
@@ -195,6 +230,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "endless jp2 box": ("truncated", endless_jp2),
     "nested sequences": ("too_deep", lambda _: nested(5000)),
     "items without end": ("corrupt", lambda _: items_without_end()),
+    "damaged deflate": ("corrupt", damaged_deflate),
     "deflate bomb": ("truncated", deflate_bomb),
     "floating point pixels": (
         "unsupported_pixels",
@@ -203,6 +239,22 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "bits that cannot be": (
         "unsupported_pixels",
         lambda folder: dicom(folder, BitsStored=40, HighBit=39),
+    ),
+    "a palette of four billion colours": (
+        "unsupported_pixels",
+        lambda folder: indexed(folder, np.uint32),
+    ),
+    "run lengths of more than any frame": (
+        "too_large",
+        lambda folder: run_lengths(folder, 4_000_000),
+    ),
+    "a rescale beyond all numbers": (
+        "corrupt",
+        lambda folder: dicom(folder, RescaleSlope="1e307", RescaleIntercept="0"),
+    ),
+    "a rescale as wide as all numbers": (
+        "corrupt",
+        lambda folder: dicom(folder, RescaleSlope="8e304", RescaleIntercept="-1.7e308"),
     ),
     "no photometric interpretation": (
         "unsupported_pixels",
@@ -254,6 +306,47 @@ def test_hostile_files_take_little_memory(tmp_path):
         cwd=Path(__file__).parent.parent,
     )
     assert int(done.stdout) < 300
+    assert done.stderr == ""
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Fail where Python objects and arrays take more than 16 MB at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_run_lengths_are_not_expanded_beyond_the_last_pixel(tmp_path):
+    path = tmp_path / "film"
+    path.write_bytes(run_lengths(tmp_path, 1_000_000))
+    with little_memory():
+        film = read_luminance(path)
+    assert film.shape == (64, 64)
+    assert (film == 0x2A).all()
+
+
+@pytest.mark.parametrize("fragments", [1, 8])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_fragments_larger_than_a_frame_are_refused_unread(tmp_path, fragments, frames):
+    path = tmp_path / "film"
+    content = dicom(tmp_path, JPEG_2000, NumberOfFrames=1)
+    assert content.count(b"(\0\x08\0IS\x02\x001 ") == 1
+    content = content.replace(b"(\0\x08\0IS\x02\x001 ", b"(\0\x08\0IS\x02\x00%d " % frames)
+    start = content.index(b"\xe0\x7f\x10\x00OB") + 12
+    length = (1 << 28) // fragments
+    with path.open("wb") as film:
+        film.write(content[:start] + b"\xfe\xff\x00\xe0\0\0\0\0")
+        for _ in range(fragments):
+            film.write(b"\xfe\xff\x00\xe0" + struct.pack("<I", length))
+            film.seek(length, os.SEEK_CUR)  # a hole: no room on the disk
+        film.write(b"\xfe\xff\xdd\xe0\0\0\0\0")
+    with little_memory(), pytest.raises(UnreadableImage) as caught:
+        read_luminance(path)
+    assert caught.value.code == "too_large"
 
 
 def test_dicom_without_preamble_or_transfer_syntax_is_read(tmp_path):
@@ -317,6 +410,43 @@ def test_a_disk_that_fails_is_no_broken_image():
     with pytest.raises(Transient):
         read_luminance(broken)
     assert peek(broken).kind == "other"
+
+
+class Failing(io.BufferedReader):
+    """A file on a disk that fails once, when it has been read ``good`` times."""
+
+    def __init__(self, raw: io.FileIO, good: int) -> None:
+        super().__init__(raw)
+        self.left = good
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left == -1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(size)
+
+
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_a_disk_that_fails_between_fragments_is_no_broken_image(tmp_path, monkeypatch, fragments):
+    path = made_dicom.write(tmp_path / "film", FILM, JPEG_2000)
+    made = pydicom.dcmread(path)
+    (packed,) = generate_frames(made.PixelData, number_of_frames=1)
+    made.PixelData = encapsulate([packed], fragments_per_frame=fragments, has_bot=False)
+    made.save_as(path)
+    expected = read_luminance(path)
+    failed = 0
+    while True:
+        film = Failing(io.FileIO(path), failed)
+        monkeypatch.setattr(untrusted, "open", lambda *_, film=film, **__: film, raising=False)
+        try:
+            shown = read_luminance(path)
+        except Transient:
+            failed += 1
+            continue
+        break
+    assert np.array_equal(shown, expected)
+    assert film.left >= 0  # every read there is has failed once
+    assert failed > 4 * fragments
 
 
 SEEDS: list[bytes] = []

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.sequence import Sequence
 from torchvision.transforms import Resize
@@ -330,6 +331,19 @@ def test_a_voi_lut_that_states_too_many_bits_is_not_dark(tmp_path):
     assert read_luminance(path).max() == 255
 
 
+@pytest.mark.parametrize("bits", [0, 8, 10])
+def test_a_voi_lut_that_states_too_few_bits_does_not_wrap_around(tmp_path, bits):
+    few, right = (
+        read_luminance(
+            made_dicom.write(
+                tmp_path / "film.dcm", ramp(4096), VOILUTSequence=lut(0, np.arange(4096), stated)
+            )
+        )
+        for stated in (bits, 12)
+    )
+    assert np.array_equal(few, right)
+
+
 def test_a_modality_lut_comes_before_the_window(tmp_path):
     curve = np.arange(256, dtype=np.uint16)[::-1] * 10
     path = made_dicom.write(
@@ -381,6 +395,31 @@ def test_every_lossless_syntax_gives_the_same_film(tmp_path, syntax, dtype):
     for index, frame in enumerate(frames):
         film = read_luminance(tmp_path / "film.dcm", index)
         assert np.array_equal(film, windowed(frame.astype(float), 128, 256))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(64, 32), (33, 65), (1, 7)])
+def test_run_lengths_give_every_byte_its_place(tmp_path, dtype, shape):
+    pixels = np.random.default_rng(2).integers(0, np.iinfo(dtype).max, shape, dtype)
+    window = {"WindowCenter": 1 << pixels.itemsize * 8 - 1, "WindowWidth": pixels.max()}
+    plain, packed = (
+        read_luminance(made_dicom.write(tmp_path / "film.dcm", pixels, SYNTAXES[name], **window))
+        for name in ("explicit", "rle")
+    )
+    assert np.array_equal(plain, packed)
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_frame_in_many_fragments_is_read_whole(tmp_path, table):
+    frames = np.stack([ramp(4096), ramp(4096)[::-1]])
+    whole = made_dicom.write(tmp_path / "whole.dcm", frames, SYNTAXES["jpeg_2000"])
+    made = pydicom.dcmread(whole)
+    packed = list(generate_frames(made.PixelData, number_of_frames=2))
+    made.PixelData = encapsulate(packed, fragments_per_frame=3, has_bot=table)
+    made.save_as(tmp_path / "split.dcm")
+    for index in range(2):
+        film = read_luminance(tmp_path / "split.dcm", index)
+        assert np.array_equal(film, read_luminance(whole, index))
 
 
 @pytest.mark.parametrize("image", ["RG2", "RG3"])
