@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +105,7 @@ def watch(ctx: click.Context, once: bool) -> None:
     from mura_batch.daemon import Daemon
     from mura_batch.systemd import ServiceManager
 
+    _share_free_memory()
     settings = cli.settings(ctx)
     manager = ServiceManager.from_environment(os.environ)
     daemon = Daemon(settings, notify=manager.notify)
@@ -114,6 +117,19 @@ def watch(ctx: click.Context, once: bool) -> None:
     click.echo(f"{states or 'nothing new'}; {summary.waiting} waiting", err=True)
     if once and summary.needs_attention:
         ctx.exit(cli.ATTENTION)
+
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def _share_free_memory() -> None:
+    """Let glibc's malloc keep two pools of freed memory instead of eight for each core.
+
+    Films come and go on a dozen threads; with a pool for each of them the daemon's memory grew by
+    10 % between the 200th and the 2,000th study, with two by 0.3 % (tests/bench/memory.py).
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 @click.command()
