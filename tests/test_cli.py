@@ -289,3 +289,37 @@ def test_only_one_daemon_works_in_a_home(tmp_path: Path) -> None:
     finally:
         daemon.terminate()
         assert daemon.wait(60) == 0
+
+
+def test_what_was_left_out_and_what_waits_is_told_below_the_table(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    good = film(home.inbox / "hand/1.png", 1)
+    (home.inbox / "hand/2.png").write_bytes(good.read_bytes()[:3000])
+    film(home.inbox / "unnamed.png", 2)
+    log = home.command("watch", "--once")
+    assert log.returncode == 3
+    assert "code=truncated" in log.stderr
+    assert "2.png" not in log.stderr
+    table = home.command("query")
+    assert "1 of 2" in table.stdout
+    assert "--set-area AREA" in table.stderr
+    assert home.command("rerun", "--state", "done").returncode == 0
+    home.command("watch", "--once")
+    first, *_ = home.command("query", "--history", "--area", "xr_hand").stdout.splitlines()
+    assert {"revision", "weights", "scored_at"} <= set(first.split())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("query", "--min-probability", "nan"),
+        ("query", "--limit", "99999999999999999999"),
+        ("query", "--since", "0001-01-01T00:00+14:00"),
+        ("query", "--area", "knee"),
+        ("score", "x.png", "--threshold", "nan"),
+    ],
+)
+def test_values_that_mean_nothing_are_wrong_usage(home: Home, wrong: tuple[str, ...]) -> None:
+    refused = home.command(*wrong)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr

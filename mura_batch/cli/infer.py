@@ -10,7 +10,7 @@ import click
 
 from mura_batch import cli, config
 from mura_batch.area import Area
-from mura_batch.cli.results import AREA
+from mura_batch.cli.results import AREA, SHARE
 from mura_batch.errors import Misconfigured, MuraError
 
 
@@ -20,7 +20,7 @@ from mura_batch.errors import Misconfigured, MuraError
 )
 @click.option("--area", required=True, type=AREA)
 @click.option("--ckpt", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--threshold", type=click.FloatRange(0, 1), help="Of prob_fracture  [default: 0.5]")
+@click.option("--threshold", type=SHARE, help="Of prob_fracture  [default: 0.5]")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--weights-url", help="Base address of the published weights.")
 def infer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ _STUDY_COLUMNS = (
     "views",
     "source",
 )
+_HISTORY_COLUMNS = (*_STUDY_COLUMNS[:-1], "revision", "weights", "scored_at", "source")
 _IMAGE_COLUMNS = ("study", "area", "state", "image", "probability", "overlay", "error")
 
 
@@ -41,22 +43,48 @@ def moment(text: str) -> datetime:
     """Return a point in time: an ISO 8601 date or time; without an offset it is UTC."""
     try:
         given = datetime.fromisoformat(text)
-    except ValueError as exc:
+        return (given if given.tzinfo else given.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError) as exc:
         raise click.BadParameter(f"{text!r} is no time, such as 2026-11-23T08:00Z") from exc
-    return given if given.tzinfo else given.replace(tzinfo=UTC)
 
 
-AREA = click.Choice([str(area) for area in Area], case_sensitive=False)
+class _AreaName(click.ParamType[str]):
+    """``XR_HAND`` …, in any case; shown as AREA, since seven names fill a line."""
+
+    name = "area"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value.upper() not in set(Area):
+            self.fail(f"{value!r} is none of {', '.join(Area)}", param, ctx)
+        return value.upper()
+
+
+AREA = _AreaName()
+
+
+class _Share(click.FloatRange):
+    """A number from 0 to 1; unlike click's own range it is no ``nan``."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number from 0 to 1", param, ctx)
+        return number
+
+
+SHARE = _Share(0, 1)
 
 _FILTERS: dict[str, dict[str, Any]] = {
     "study": {"help": "Study id, or its beginning."},
-    "area": {"type": AREA},
+    "area": {"type": AREA, "help": "Such as XR_HAND."},
     "state": {"type": click.Choice(_STATES)},
     "decision": {"type": click.Choice(["positive", "negative"])},
     "since": {"type": moment, "help": "Received at or after this time."},
     "until": {"type": moment, "help": "Received before this time."},
-    "min_probability": {"type": click.FloatRange(0, 1)},
-    "max_probability": {"type": click.FloatRange(0, 1)},
+    "min_probability": {"type": SHARE, "help": "Of the raw probability."},
+    "max_probability": {"type": SHARE},
     "weights": {"help": "Digest of the weights, or its beginning."},
     "reason": {"help": "Reason code, such as truncated or needs_area."},
 }
@@ -83,7 +111,7 @@ def filters(given: dict[str, Any]) -> Filters:
 @filter_options
 @click.option("--images", is_flag=True, help="One row a view.")
 @click.option("--history", is_flag=True, help="Superseded revisions too.")
-@click.option("--limit", type=click.IntRange(min=1), help="Rows at most.")
+@click.option("--limit", type=click.IntRange(1, 10**12), help="Rows at most.")
 @click.option("--json", "form", flag_value="json", help="One JSON array.")
 @click.option("--csv", "form", flag_value="csv", help="CSV with a header.")
 @click.pass_context
@@ -110,7 +138,9 @@ def query(
         elif form == "csv":
             _print_csv(rows, images=images)
         else:
-            _print_table(rows, images=images)
+            names = _HISTORY_COLUMNS if history else _STUDY_COLUMNS
+            if not study_table(rows, _IMAGE_COLUMNS if images else names):
+                click.echo("nothing matches", err=True)
 
 
 def _print_json(rows: Iterator[StudyRow] | Iterator[ImageRow]) -> None:
@@ -129,22 +159,27 @@ def _print_csv(rows: Iterator[StudyRow] | Iterator[ImageRow], *, images: bool) -
     write_csv((row.to_dict() for row in rows), fields, sys.stdout)
 
 
-def _print_table(rows: Iterator[StudyRow] | Iterator[ImageRow], *, images: bool) -> None:
-    names = _IMAGE_COLUMNS if images else _STUDY_COLUMNS
-    if not study_table((row.to_dict() for row in rows), names):
-        click.echo("nothing matches", err=True)
+def study_table(
+    rows: Iterable[StudyRow] | Iterable[ImageRow], names: Sequence[str] = _STUDY_COLUMNS
+) -> int:
+    """Print result rows as a table, on standard error the reasons; return how many rows."""
+    told = [row.to_dict() for row in rows]
+    show_table(names, [[_cell(row, name) for name in names] for row in told])
+    for reason in dict.fromkeys(
+        f"{row['study']}: {row['reason']}" for row in told if row["reason"]
+    ):
+        click.echo(reason, err=True)
+    return len(told)
 
 
-def study_table(rows: Iterable[dict[str, Any]], names: Sequence[str] = _STUDY_COLUMNS) -> int:
-    """Print result rows as a table; return how many there were."""
-    cells = [[_cell(row[name]) for name in names] for row in rows]
-    show_table(names, cells)
-    return len(cells)
-
-
-def _cell(value: object) -> str:
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row[name]
     if value is None:
         return "-"
+    if name == "views" and row["views_failed"]:
+        return f"{value - row['views_failed']} of {value}"
+    if name == "weights":
+        return str(value)[:12]
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

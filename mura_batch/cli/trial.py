@@ -12,7 +12,7 @@ import click
 
 from mura_batch import cli
 from mura_batch.area import Area
-from mura_batch.cli.results import AREA, study_table
+from mura_batch.cli.results import AREA, SHARE, study_table
 
 if TYPE_CHECKING:
     from mura_batch.direct import Scored
@@ -34,7 +34,7 @@ def demo(ctx: click.Context) -> None:
     home = Path(tempfile.mkdtemp(prefix="mura-batch-demo-"))
     click.echo("scoring real sample studies (FracAtlas, CC BY 4.0) …", err=True)
     done = run_demo(home)
-    study_table(row.to_dict() for row in done.studies)
+    study_table(done.studies)
     click.echo("\noverlays:")
     for image in done.images:
         if image.overlay:
@@ -52,7 +52,7 @@ def demo(ctx: click.Context) -> None:
 )
 @click.option("--area", type=AREA, help="Score everything as this area.")
 @click.option("--weights", metavar="FILE|DIGEST", help="Use these weights (with --area).")
-@click.option("--threshold", type=click.FloatRange(0, 1), help="Decide at this threshold.")
+@click.option("--threshold", type=SHARE, help="Decide at this threshold.")
 @click.option(
     "--overlay", type=click.Path(file_okay=False, path_type=Path), help="Folder for overlays."
 )
@@ -110,10 +110,12 @@ def _print_scored(scored: Scored, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([row.to_dict() for row in scored.images], indent=1))
         return
-    study_table(row.to_dict() for row in scored.studies)
-    for row in scored.studies:
-        if row.reason:
-            click.echo(f"{row.source}: {row.reason}", err=True)
+    study_table(scored.studies)
+    for image in scored.images:
+        if image.error and image.study.state == "done":
+            click.echo(f"{image.image}: {image.error}", err=True)
+        if image.overlay:
+            click.echo(f"{image.image}: {image.overlay}")
 
 
 @click.command()
