@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+from ledger import damage
 from site_home import PROGRAM, SAMPLES, Home, film, make_home
 
 from mura_batch.area import Area
@@ -45,6 +46,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     (made.inbox / "elbow.png").write_text("no picture")
     done = made.command("watch", "--once")
     assert done.returncode == 3, done.stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home whose database has a spoilt page."""
+    made = make_home(tmp_path_factory.mktemp("damaged") / "home")
+    damage(made.path / "results.db")
     return made
 
 
@@ -161,6 +170,27 @@ def test_errors_are_one_line_that_says_what_to_do(
     if code != 2:
         errors = [line for line in done.stderr.splitlines() if line != NOTICE]
         assert len(errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["db", "check"], 1),
+        (["db", "backup", "copy.db"], 4),
+        (["doctor"], 3),
+        (["query"], 4),
+        (["status"], 4),
+        (["export", "results.csv"], 4),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_damaged_database_is_told_in_a_line(
+    damaged: Home, arguments: list[str], code: int
+) -> None:
+    done = damaged.command(*arguments)
+    assert done.returncode == code, done.stderr
+    assert "damaged" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_verbose_adds_the_traceback(home: Home) -> None:
