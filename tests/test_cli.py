@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ from mura_batch.area import Area
 from mura_batch.cli import program
 from mura_batch.config import NOTICE
 from mura_batch.records import STUDY_FIELDS
-from mura_batch.weights import WeightsStore
+from mura_batch.weights import BUNDLED, OperatingPoint, WeightsStore, bundled_card
 
 README = Path(__file__).parent.parent / "README.md"
 HEAVY = ("torch", "torchvision", "openvino", "pandas", "optuna", "matplotlib", "pyarrow")
@@ -235,6 +236,34 @@ def test_score_leaves_files_and_database_alone(home: Home, tmp_path: Path) -> No
     assert view["area_source"] == "person"
     assert len(list((tmp_path / "out").rglob("*.png"))) == 1
     assert (picture.read_bytes(), rows(home)) == before
+
+
+@pytest.mark.parametrize("given", ["../XR_HAND", "../../link/../XR_HAND", "."])
+def test_score_counts_folder_names_from_where_a_path_starts(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    film(tmp_path / "XR_ELBOW/site/XR_HAND/1.png", 1)
+    film(tmp_path / "XR_ELBOW/site/XR_WRIST/XR_HAND.png", 2)
+    (tmp_path / "XR_ELBOW/link").symlink_to(tmp_path / "XR_ELBOW/site/XR_WRIST")
+    monkeypatch.chdir(tmp_path / "XR_ELBOW/site/XR_WRIST")
+    where = replace(home, settings=home.settings | {"MURA_BATCH_OVERLAYS": "no"})
+    done = where.command("score", given, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [view["area"] for view in json.loads(done.stdout)] == ["XR_HAND"]
+
+
+def test_score_takes_a_safetensors_file_with_its_card(home: Home, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes((BUNDLED / "generalist.safetensors").read_bytes())
+    card = replace(bundled_card(Area.XR_HAND), operating_points=(OperatingPoint("balanced", 0.99),))
+    file.with_suffix(".json").write_text(card.to_json())
+    picture = film(tmp_path / "1.png", 1)
+    done = home.command(
+        "score", str(picture), "--json", "--area", "XR_HAND", "--weights", str(file)
+    )
+    assert done.returncode == 0, done.stderr
+    view = json.loads(done.stdout)[0]
+    assert (view["weights"], view["threshold"]) == (card.sha256, 0.99)
 
 
 def test_score_can_save(tmp_path: Path) -> None:

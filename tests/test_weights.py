@@ -601,8 +601,6 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
             import_checkpoint(file, Facts(area=HAND), store)
     with pytest.raises(WeightsRefused, match="cannot be read"):
         import_checkpoint(tmp_path / "absent.pt", Facts(area=HAND), store)
-    with pytest.raises(WeightsRefused, match="is safetensors"):
-        import_checkpoint(BUNDLED_FILE, Facts(area=HAND), store)
 
 
 def test_a_safetensors_file_is_loaded_with_the_card_beside_it(
@@ -621,3 +619,18 @@ def test_a_safetensors_file_is_loaded_with_the_card_beside_it(
         assert found == card
         bias = half_state["classifier.bias"].float()
         assert torch.equal(network.state_dict()["classifier.bias"], bias)
+
+
+def test_a_safetensors_file_is_stored_with_its_card(tmp_path: Path, other_file: Path) -> None:
+    store = WeightsStore(tmp_path / "weights")
+    file = tmp_path / "mine.safetensors"
+    shutil.copy(other_file, file)
+    with pytest.raises(WeightsRefused, match=r"has no card.*mine\.json"):
+        import_checkpoint(file, Facts(area=HAND), store)
+    card = replace(bundled_card(HAND), sha256=sha256_of(file), origin="trained")
+    file.with_suffix(".json").write_text(card.to_json())
+    with pytest.raises(WeightsRefused, match="no more than the area"):
+        import_checkpoint(file, Facts(area=HAND, threshold=0.3), store)
+    assert import_checkpoint(file, Facts(area=HAND), store) == card
+    assert store.cards() == [card]
+    assert store.verify() == []

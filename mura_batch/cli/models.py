@@ -148,7 +148,10 @@ def models_import(
     licence: str,
     activate: bool,
 ) -> None:
-    """Convert a torch checkpoint (a state dict, or a file that holds `model_state`).
+    """Store a torch checkpoint (a state dict, or a file that holds `model_state`).
+
+    Safetensors are stored too, with their card: FILE.json or card.json beside them. It says all
+    that the options say, so leave these out.
 
     \b
     mura-batch models import XR_WRIST wrist_best.pt --activate
