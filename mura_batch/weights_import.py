@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mura_batch.network import EvidenceNet
 
 _MAX_BYTES = 1 << 30  # of a checkpoint; DenseNet-121 with its optimizer's state takes 85 MB
+_MAX_HEADER = 100_000_000  # bytes of JSON in front of safetensors, as their library has it
 _MAX_MEMORY = 3 << 30  # bytes that the converting process may allocate
 _MAX_SECONDS = 120.0
 _OUTPUT = "converted.safetensors"
@@ -75,12 +76,12 @@ def import_checkpoint(file: Path, facts: Facts, store: WeightsStore) -> Card:
             without a card for this area, or with facts beside it.
     """
     if _is_safetensors(_head(file)):
-        card = _card_of(file, facts.area)
         if facts != Facts(area=facts.area):
             raise WeightsRefused(
-                f"{file} is safetensors: its card states what it is, so say no more than the area"
+                f"{file} is safetensors, not a torch checkpoint: its card says what it is, so say"
+                " no more than the area"
             )
-        return store.add(file, card)
+        return store.add(file, _card_of(file, facts.area))
     with tempfile.TemporaryDirectory(prefix="mura-batch-") as folder:
         converted = Path(folder) / _OUTPUT
         return store.add(converted, convert(file, facts, converted))
@@ -165,7 +166,7 @@ def _head(file: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{"
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER
 
 
 def _plausible(file: Path) -> None:
