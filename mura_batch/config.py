@@ -246,7 +246,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # unlike Path.resolve, bears links in a circle
 
 
-def _typed(value: Any, hint: Any) -> Any:  # noqa: PLR0911 - one case a type
+def _typed(value: Any, hint: Any) -> Any:
     """Return ``value`` (TOML value or environment text) as ``hint`` asks; ValueError if not."""
     options = [option for option in get_args(hint) if option is not type(None)]
     if get_origin(hint) is Literal:
@@ -272,7 +272,7 @@ def _typed(value: Any, hint: Any) -> Any:  # noqa: PLR0911 - one case a type
     return Path(value).expanduser().absolute() if hint is Path else value
 
 
-def _number(value: Any, kind: type[int] | type[float]) -> float:
+def _number(value: Any, kind: type[int | float]) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

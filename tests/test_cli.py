@@ -158,6 +158,9 @@ def test_export_writes_every_row(home: Home, tmp_path: Path, ending: str) -> Non
         (["--home", "/proc/none", "watch", "--once"], 4, "init"),
         (["--home", "/proc/none", "query"], 4, "db upgrade"),
         (["query", "--since", "yesterday"], 2, "yesterday"),
+        (["export", "/proc/results.csv"], 1, "No such file or directory"),
+        (["db", "backup", "/proc/copy.db"], 1, "No such file or directory"),
+        (["models", "fetch", "XR_HAND", "--url", "ftp://x"], 4, "weights_url"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -220,8 +223,41 @@ def test_labels_are_kept(home: Home, tmp_path: Path) -> None:
         ("positive", ""),
         ("negative", "XR_WRIST"),
     }
-    table.write_text(f"study,label\n{study},maybe\n")
-    assert "line 2" in home.command("label", "import", str(table)).stderr
+
+
+def test_all_that_is_wrong_with_labels_is_told_at_once(home: Home, tmp_path: Path) -> None:
+    study = str(rows(home, "--state", "done")[0]["study"])
+    table = tmp_path / "truth.csv"
+
+    def refused(text: str, encoding: str = "utf-8") -> str:
+        before = home.command("label", "list").stdout
+        table.write_text(text, encoding)
+        done = home.command("label", "import", str(table))
+        assert done.returncode == 4, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert home.command("label", "list").stdout == before
+        return done.stderr
+
+    told = refused(f"study,label,area\n{study},maybe,\n{study},positive,XR_KNEE\n")
+    assert "line 2" in told
+    assert "line 3" in told
+    told = refused(f"study,label\nno-such,positive\n{study},positive\nnor-this,negative\n")
+    assert "no-such" in told
+    assert "nor-this" in told
+    assert "UTF-8" in refused("study,label\nHüfte,positive\n", "latin-1")
+
+
+def test_a_full_disk_is_told_and_a_reader_that_leaves_early_is_no_error(home: Home) -> None:
+    done = subprocess.run(  # noqa: S602 - a pipe, as a user types it
+        f"{PROGRAM} query --json 2>&1 >/dev/full; {PROGRAM} query --json | true",
+        shell=True,
+        env=home.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[1:] == ["mura-batch: No space left on device"]
+    assert done.stderr.splitlines() == [NOTICE]
 
 
 def test_score_leaves_files_and_database_alone(home: Home, tmp_path: Path) -> None:
