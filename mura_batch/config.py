@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from mura_batch.errors import Misconfigured
 
 PREFIX = "MURA_BATCH_"
 NOTICE = "research use only, not a medical device"
+LOCK_FILE = ".watch.lock"  # in the home: held by the daemon that works there
 STATUS_FILE = ".daemon.json"  # in the home: what the daemon last said of itself
 PUBLISHED_WEIGHTS = "https://github.com/mariamvol/mura-model-classifier/releases/download/v0.1.0"
 
@@ -126,11 +129,11 @@ def load(home: Path, environment: Mapping[str, str]) -> Settings:
     problems: list[str] = []
     given = _from_file(home / "config.toml", problems)
     fields = {f.name: f for f in dataclasses.fields(Settings) if "doc" in f.metadata}
+    hints = get_type_hints(Settings)
     for name in fields:
         if (text := environment.get(PREFIX + name.upper())) is not None:
-            given[name] = text
+            given[name] = _FLAGS.get(text.lower(), text) if hints[name] is bool else text
     rules = _rules(given.pop("areas", {}), problems)
-    hints = get_type_hints(Settings)
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name not in fields:
@@ -138,16 +141,19 @@ def load(home: Path, environment: Mapping[str, str]) -> Settings:
             continue
         try:
             values[name] = _typed(value, hints[name])
-        except ValueError as exc:
+        except (ValueError, RuntimeError) as exc:  # RuntimeError: no home folder for ~
             problems.append(f"{name}: {exc}")
     problems += [f"{n}: must be above 0" for n in _POSITIVE if n in values and values[n] <= 0]
+    problems += [f"{n}: must not be below 0" for n in _FROM_ZERO if values.get(n, 0) < 0]
     if not 0 <= (values.get("threshold") or 0) <= 1:
         problems.append("threshold: must be between 0 and 1")
+    settings = Settings(home=home, rules=rules, **values)
+    problems += _overlaps(settings)
     if problems:
         raise Misconfigured(
             f"{home / 'config.toml'} or {PREFIX}… variables: " + "; ".join(problems)
         )
-    return Settings(home=home, rules=rules, **values)
+    return settings
 
 
 _POSITIVE = (
@@ -158,6 +164,10 @@ _POSITIVE = (
     "cache_mb",
     "attempts",
     "retry_seconds",
+)
+_FROM_ZERO = ("late_hours", "batch_seconds")
+_FLAGS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
+    ("false", "0", "no", "off"), False
 )
 
 
@@ -199,15 +209,44 @@ def _rules(table: object, problems: list[str]) -> AreaRules:
         problems.append("[areas]: takes words and shoulder_girdle")
         return AreaRules()
     words: dict[str, Area] = {}
-    for word, name in dict(table.get("words", {})).items():
+    given = table.get("words", {})
+    if not isinstance(given, dict):
+        problems.append("[areas] words: takes a table of words and areas")
+        given = {}
+    for word, name in given.items():
         if name in list(Area):
             words[word] = Area(name)
         else:
             problems.append(f"[areas] words: {name!r} is none of {', '.join(Area)}")
-    return AreaRules(words=words, shoulder_girdle=bool(table.get("shoulder_girdle", False)))
+    try:
+        girdle = _typed(table.get("shoulder_girdle", False), bool)
+    except ValueError as exc:
+        problems.append(f"[areas] shoulder_girdle: {exc}")
+        girdle = False
+    return AreaRules(words=words, shoulder_girdle=girdle)
 
 
-def _typed(value: Any, hint: Any) -> Any:  # noqa: PLR0911 - one case a type
+def _overlaps(settings: Settings) -> list[str]:
+    """Return why the inbox would take the program's own files for studies, if it would."""
+    inbox, home = _real(settings.inbox_dir), _real(settings.home)
+    if home.is_relative_to(inbox):
+        return [f"inbox: {settings.inbox_dir} holds the home: name a folder of its own"]
+    own = (
+        *(settings.work, settings.archive_dir, settings.quarantine),
+        *(settings.overlays_dir, settings.weights_dir),
+    )
+    return [
+        f"inbox: {settings.inbox_dir} and {place} lie in each other: name a folder of its own"
+        for place in own
+        if inbox.is_relative_to(_real(place)) or _real(place).is_relative_to(inbox)
+    ]
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, bears links in a circle
+
+
+def _typed(value: Any, hint: Any) -> Any:
     """Return ``value`` (TOML value or environment text) as ``hint`` asks; ValueError if not."""
     options = [option for option in get_args(hint) if option is not type(None)]
     if get_origin(hint) is Literal:
@@ -218,14 +257,32 @@ def _typed(value: Any, hint: Any) -> Any:  # noqa: PLR0911 - one case a type
     if len(options) == 1 and type(None) in get_args(hint):
         return None if value == "" else _typed(value, options[0])
     if get_origin(hint) is tuple:
-        return tuple(value.split(",")) if isinstance(value, str) else tuple(map(str, value))
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list):
+            raise _not(value, "a list of texts")
+        return tuple(_typed(name, str) for name in names)
     if hint is bool:
-        if str(value).lower() in {"true", "1", "yes", "on"}:
-            return True
-        if str(value).lower() in {"false", "0", "no", "off"}:
-            return False
-        msg = f"{value!r} is neither true nor false"
-        raise ValueError(msg)
-    if hint is Path:
-        return Path(value).expanduser().absolute()
-    return hint(value)
+        if not isinstance(value, bool):
+            raise _not(value, "true or false")
+        return value
+    if hint in {int, float}:
+        return _number(value, hint)
+    if not isinstance(value, str) or "\0" in value:
+        raise _not(value, "a text")
+    return Path(value).expanduser().absolute() if hint is Path else value
+
+
+def _number(value: Any, kind: type[int | float]) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise _not(value, "a number")
+    if kind is int and not number.is_integer():
+        raise _not(value, "a whole number")
+    return kind(number)
+
+
+def _not(value: object, what: str) -> ValueError:
+    return ValueError(f"{value!r} is not {what}")

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
-from mura_batch.config import STATUS_FILE, Settings
+from mura_batch.config import LOCK_FILE, STATUS_FILE, Settings
 from mura_batch.custody import Claim, Custody
 from mura_batch.errors import Misconfigured, MuraError, Transient
 from mura_batch.inbox import Inbox, Wakeup
@@ -234,7 +234,7 @@ def _alone(settings: Settings) -> Iterator[None]:
         Misconfigured: the home is missing, or another daemon holds the lock.
     """
     try:
-        stream = (settings.home / ".watch.lock").open("w")
+        stream = (settings.home / LOCK_FILE).open("w")
     except OSError as exc:
         raise Misconfigured(f"{settings.home}: {exc.strerror}; run `mura-batch init`") from exc
     with stream:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, inspect
 
 from mura_batch import engine as engines
 from mura_batch.atomic import write_atomic
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, Transient
 from mura_batch.schema import REVISION, metadata
 
 
@@ -73,16 +73,16 @@ def check(url: str) -> list[str]:
     Looks at the revision, the tables and columns, and SQLite's own integrity and foreign keys.
 
     Raises:
-        Misconfigured: it cannot be reached or is no database.
+        Misconfigured: the URL is not that of a SQLite file or PostgreSQL.
+        Transient: it does not answer.
     """
     engine = engines.open_engine(url, read_only=True)
     try:
-        try:
-            engines.check_revision(engine)
-        except Misconfigured as exc:
-            return [str(exc)]
+        engines.check_revision(engine)
         with engines.reading(engine) as connection:
             return [*_missing_columns(connection), *_integrity(connection)]
+    except Misconfigured as exc:
+        return [str(exc)]
     finally:
         engine.dispose()
 
@@ -91,8 +91,9 @@ def backup(url: str, file: Path) -> None:
     """Copy a SQLite database, also while the daemon writes; ``file`` appears whole.
 
     Raises:
-        Misconfigured: there is no database, ``file`` is the database itself, or it is a
-            PostgreSQL one (``pg_dump`` does that better).
+        Misconfigured: there is no database or a damaged one, ``file`` is the database itself, or
+            it is a PostgreSQL one (``pg_dump`` does that better).
+        Transient: the database does not answer, or the disk is full.
     """
     source = engines.sqlite_file(engines.parse_url(url))
     if source is None:
@@ -112,9 +113,14 @@ def backup(url: str, file: Path) -> None:
             original.backup(copied)
             copied.execute("PRAGMA journal_mode = DELETE")  # one file, without a -wal beside it
             if (verdict := copied.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
-                raise Misconfigured(f"The database is damaged ({verdict}): no backup was made.")
+                raise sqlite3.DatabaseError(" ".join(verdict.split()))
 
-    write_atomic(file, copy)
+    try:
+        write_atomic(file, copy)
+    except sqlite3.OperationalError as exc:
+        raise Transient(f"The database could not be copied ({exc}): try again.") from exc
+    except sqlite3.DatabaseError as exc:
+        raise Misconfigured(f"The database is damaged ({exc}): no backup was made.") from exc
 
 
 def _missing_columns(connection: Connection) -> list[str]:
@@ -138,8 +144,7 @@ def _integrity(connection: Connection) -> list[str]:
     if connection.dialect.name != "sqlite":
         return []
     verdicts = [row[0] for row in connection.exec_driver_sql("PRAGMA quick_check")]
-    problems = [f"SQLite: {verdict}: restore a backup." for verdict in verdicts if verdict != "ok"]
+    if verdicts != ["ok"]:
+        return [f"SQLite: {' '.join(verdict.split())}: restore a backup." for verdict in verdicts]
     orphans = len(connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall())
-    if orphans:
-        problems.append(f"{orphans} rows point to rows that are gone: restore a backup.")
-    return problems
+    return [f"{orphans} rows point to rows that are gone: restore a backup."] if orphans else []

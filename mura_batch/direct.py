@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,7 +60,9 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
 
     ``track`` passes the studies on and may show how far the work is.
 
-    Folder names of a path count as evidence from where the path starts as it is given.
+    Folder names of a path count as evidence from where the path starts as it is given: from the
+    root, the working folder, or the folder that its ``..`` lead to; where the paths start apart,
+    from the folder that holds all of these.
 
     Raises:
         Misconfigured: a path is missing, or the wanted weights are.
@@ -70,12 +73,11 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mura-batch-")))
         weights = _weights(settings, request, scratch)
-        relative = not any(path.is_absolute() or ".." in path.parts for path in request.paths)
         local = replace(
             settings,
             home=settings.home if request.save else scratch,
             database=settings.database_url if request.save else "",
-            inbox=Path.cwd() if relative else Path("/"),
+            inbox=Path(os.path.commonpath([_start(path) for path in request.paths])),
             archive="leave",
             overlays=request.overlays is not None,
         )
@@ -101,11 +103,25 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
         )
 
 
+def _absolute(path: Path) -> Path:
+    """Return ``path`` from the root on, without ``..``, its links kept."""
+    plain = Path(os.path.normpath(path.absolute()))
+    # Behind a link to a folder, `..` leads elsewhere than the names say.
+    return plain if plain.exists() and plain.samefile(path) else path.resolve()
+
+
+def _start(path: Path) -> Path:
+    """Return the folder from which the names of ``path`` count."""
+    up = [part for part in Path(os.path.normpath(path)).parts if part == os.pardir]
+    start = Path(path.anchor or os.path.normpath(Path.cwd().joinpath(*up)))
+    return start if _absolute(path).is_relative_to(start) else Path("/")
+
+
 def _candidates(settings: Settings, paths: Sequence[Path]) -> Iterator[Candidate]:
     """Yield the units below ``paths``, named from the settings' inbox on."""
     root = settings.inbox_dir
     for path in paths:
-        absolute = path.absolute()
+        absolute = _absolute(path)
         if absolute.is_dir():
             inbox = Inbox(replace(settings, inbox=absolute, settle_seconds=0.0))
             inbox.scan()
@@ -138,8 +154,8 @@ def _weights(settings: Settings, request: Request, scratch: Path) -> WeightsStor
     if not named and any(site.cards()):
         return site
     store = WeightsStore(scratch / "weights")
-    store.install_bundled()
     if not named:
+        store.install_bundled()
         return store
     if request.area is None:
         raise Misconfigured("weights are for one area: name it with --area")

@@ -40,7 +40,7 @@ from sqlalchemy import select
 from mura_batch import database
 from mura_batch import engine as engines
 from mura_batch.area import Area
-from mura_batch.config import STATUS_FILE, Settings
+from mura_batch.config import LOCK_FILE, STATUS_FILE, Settings
 from mura_batch.errors import Misconfigured, MuraError
 from mura_batch.inbox import Wakeup
 from mura_batch.schema import REVISION, files, views
@@ -48,7 +48,6 @@ from mura_batch.weights import WeightsStore
 
 MOUNTS = Path("/proc/mounts")
 LIMITS = Path("/proc/sys/fs/inotify")
-LOCK = ".watch.lock"
 
 _NETWORK = {"9p", "afs", "ceph", "cifs", "glusterfs", "lustre", "ncpfs", "nfs", "nfs4"} | {
     *("smb3", "smbfs", "vboxsf", "fuse.sshfs", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs"),
@@ -288,7 +287,7 @@ def _daemon(settings: Settings) -> Iterator[Finding]:
 def is_running(settings: Settings) -> bool:
     """Return whether a daemon holds the home's lock."""
     try:
-        with (settings.home / LOCK).open("rb") as stream:
+        with (settings.home / LOCK_FILE).open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

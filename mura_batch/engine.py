@@ -14,7 +14,13 @@ from urllib.parse import quote
 
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    InternalError,
+    NoSuchModuleError,
+    OperationalError,
+)
 
 from mura_batch.errors import Misconfigured, Transient
 from mura_batch.schema import REVISION
@@ -74,6 +80,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
     Raises:
         Transient: the database does not answer.
+        Misconfigured: the database is damaged.
     """
     with _guarded(), engine.connect() as connection, connection.begin():
         yield connection
@@ -86,6 +93,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     Raises:
         Transient: another program held the lock for 30 s, the disk is full, or the database
             does not answer. Nothing was changed.
+        Misconfigured: the database is damaged. Nothing was changed.
     """
     with _guarded(), engine.connect() as connection:
         connection = connection.execution_options(mura_write=True)  # noqa: PLW2901 - the same one
@@ -144,6 +152,14 @@ def _guarded() -> Iterator[None]:
         yield
     except OperationalError as exc:
         raise Transient(f"The results database does not answer ({exc.orig}); try again.") from exc
+    except DatabaseError as exc:
+        # Damage comes as the class itself (SQLite) or as an internal error (PostgreSQL); the other
+        # subclasses are of the program's own making.
+        if not isinstance(exc, InternalError) and type(exc) is not DatabaseError:
+            raise
+        raise Misconfigured(
+            f"The results database is damaged ({exc.orig}): restore a backup."
+        ) from exc
 
 
 def _sqlite(url: URL, *, read_only: bool) -> sqlite3.Connection:

@@ -52,7 +52,11 @@ class Model:
 
         Raises:
             UnreadableImage: a file is not a decodable radiograph.
+            ValueError: an array is not uint8 of shape (H, W).
+            TypeError: ``images`` is one path and not a list of them.
         """
+        if isinstance(images, (str, Path)):
+            raise TypeError(f"give a list of images: score([{str(images)!r}])")
         scores = []
         for start in range(0, len(images), batch):
             inputs = [self._input(image) for image in images[start : start + batch]]
@@ -64,7 +68,11 @@ class Model:
         return scores
 
     def overlay(self, image: str | Path | Luminance, score: ImageScore) -> Image.Image:
-        """Return the picture that the daemon would write: the radiograph under its evidence."""
+        """Return the picture that the daemon would write: the radiograph under its evidence.
+
+        Raises:
+            UnreadableImage, ValueError: as for :meth:`score`.
+        """
         picture = thumbnail(_luminance(image), score.box)
         return render(picture, score.map, Caption(self.card, score.probability))
 
@@ -90,8 +98,10 @@ def load_model(
         device: ``auto``, ``cpu``, ``cuda:N`` or ``mps``.
 
     Raises:
+        ValueError: no such area.
         WeightsRefused: the checkpoint does not fit.
         NoWeights: the home has no weights for the area.
+        Misconfigured: the runtime or the device is unknown or not on this machine.
     """
     area = Area(area)
     if checkpoint is not None:
@@ -106,4 +116,11 @@ def load_model(
 
 
 def _luminance(image: str | Path | Luminance) -> Luminance:
-    return image if isinstance(image, np.ndarray) else read_luminance(Path(image))
+    if not isinstance(image, np.ndarray):
+        return read_luminance(Path(image))
+    if image.dtype != np.uint8 or image.ndim != 2 or not image.size:  # noqa: PLR2004 - H, W
+        raise ValueError(
+            f"an array of {image.dtype} {image.shape} is no luminance: give uint8 (H, W), bone"
+            " bright, or the file"
+        )
+    return image

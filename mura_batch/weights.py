@@ -209,15 +209,17 @@ class WeightsStore:
         return self.directory / "files" / f"{card.sha256}.safetensors"
 
     def cards(self, area: Area | None = None) -> list[Card]:
-        """Return the cards of ``area``, or of all areas, that can be read.
+        """Return the cards of ``area``, or of all areas, that can be read and are in their place.
 
-        What cannot be read is named by :meth:`verify`.
+        The others are named by :meth:`verify`.
         """
         found = []
         for each in Area if area is None else (area,):
             for file in self._card_files(each):
                 with suppress(WeightsRefused):
-                    found.append(read_card(file))
+                    card = read_card(file)
+                    if self._is_at(file, each, card):
+                        found.append(card)
         return found
 
     def active(self, area: Area) -> Card | None:
@@ -226,10 +228,10 @@ class WeightsStore:
         The tensors are not looked at: :meth:`load` does that.
 
         Raises:
-            WeightsRefused: something is in use, but its card cannot be read.
+            WeightsRefused: something is in use, but its card cannot be read or is another's.
         """
         state = self._active(area)
-        return None if state is None else read_card(self._card_file(area, state.digest))
+        return None if state is None else self._card(area, state.digest)
 
     def require(self, area: Area) -> Card:
         """Return the card in use for ``area``.
@@ -291,13 +293,13 @@ class WeightsStore:
 
         Raises:
             Misconfigured: none were.
-            WeightsRefused: their card cannot be read.
+            WeightsRefused: their card cannot be read or is another's.
         """
         with self._changing():
             state = self._active(area)
             if state is None or not state.history:
                 raise Misconfigured(f"{area}: no weights were active before: nothing to go back to")
-            card = read_card(self._card_file(area, state.history[-1]))
+            card = self._card(area, state.history[-1])
             self._write_active(area, _Active(card.sha256, state.history[:-1]))
             return card
 
@@ -335,7 +337,7 @@ class WeightsStore:
     def verify(self) -> list[str]:
         """Return what is wrong in the folder, a sentence each; an empty list is a clean bill."""
         problems: list[str] = []
-        digests: dict[Path, str | None] = {}
+        harm: dict[Path, str] = {}
         for area in Area:
             for file in self._card_files(area):
                 try:
@@ -343,14 +345,13 @@ class WeightsStore:
                 except WeightsRefused as exc:
                     problems.append(str(exc))
                     continue
-                if file != self._card_file(area, card.sha256) or card.area != area:
+                if not self._is_at(file, area, card):
                     problems.append(f"{file}: is the card of {card.area} {card.short}")
                 target = self.file(card)
-                if target not in digests:
-                    digests[target] = sha256_of(target) if target.is_file() else None
-                if digests[target] != card.sha256:
-                    state = "missing" if digests[target] is None else "damaged"
-                    problems.append(f"{area} {card.short}: {target} is {state}: get it again")
+                if target not in harm:
+                    harm[target] = _harm(target, card.sha256)
+                if harm[target]:
+                    problems.append(f"{area} {card.short}: {target} {harm[target]}")
             problems += self._active_problems(area)
         return problems
 
@@ -367,6 +368,19 @@ class WeightsStore:
 
     def _card_file(self, area: Area, digest: str) -> Path:
         return self.directory / area / f"{digest[:12]}.json"
+
+    def _card(self, area: Area, digest: str) -> Card:
+        file = self._card_file(area, digest)
+        card = read_card(file)
+        if card.area != area or card.sha256 != digest:
+            raise WeightsRefused(
+                f"{file} is the card of {card.area} {card.sha256}, not of {area} {digest}: delete"
+                " it and get these weights again with `mura-batch models fetch` or `import`"
+            )
+        return card
+
+    def _is_at(self, file: Path, area: Area, card: Card) -> bool:
+        return card.area == area and file == self._card_file(area, card.sha256)
 
     def _add(self, file: Path, card: Card) -> Card:
         target = self.file(card)
@@ -418,6 +432,16 @@ class WeightsStore:
         with (self.directory / ".lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _harm(file: Path, digest: str) -> str:
+    """Return what is wrong with a file of tensors; empty where it has this digest."""
+    try:
+        return "" if sha256_of(file) == digest else "is damaged: get it again"
+    except FileNotFoundError:
+        return "is missing: get it again"
+    except OSError as exc:
+        return f"cannot be read ({exc.strerror}): correct its rights, or get it again"
 
 
 def _broken(file: Path) -> WeightsRefused:

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: torch files become safetensors with a card.
+"""Weights from elsewhere: torch files become safetensors with a card.
 
 A torch file is a pickle, and a pickle from elsewhere is a program. So it is opened in a process
 of its own, by torch's restricted reader (``weights_only=True``), under limits on memory, file
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mura_batch.network import EvidenceNet
 
 _MAX_BYTES = 1 << 30  # of a checkpoint; DenseNet-121 with its optimizer's state takes 85 MB
+_MAX_HEADER = 100_000_000  # bytes of JSON in front of safetensors, as their library has it
 _MAX_MEMORY = 3 << 30  # bytes that the converting process may allocate
 _MAX_SECONDS = 120.0
 _OUTPUT = "converted.safetensors"
@@ -64,12 +65,23 @@ class Facts:
 
 
 def import_checkpoint(file: Path, facts: Facts, store: WeightsStore) -> Card:
-    """Convert a torch checkpoint and store it; nothing becomes active. Return its card.
+    """Store a torch checkpoint or safetensors file; nothing becomes active. Return its card.
+
+    A torch checkpoint is converted. Safetensors are stored as they are, with the card that
+    :func:`load_checkpoint` finds; it states everything, so ``facts`` may only name the area.
 
     Raises:
         WeightsRefused: it is no torch file, holds more than tensors and plain values, says that
-            it is for another area, or its tensors do not fit the network.
+            it is for another area, or its tensors do not fit the network; or safetensors come
+            without a card for this area, or with facts beside it.
     """
+    if _is_safetensors(_head(file)):
+        if facts != Facts(area=facts.area):
+            raise WeightsRefused(
+                f"{file} is safetensors, not a torch checkpoint: its card says what it is, so say"
+                " no more than the area"
+            )
+        return store.add(file, _card_of(file, facts.area))
     with tempfile.TemporaryDirectory(prefix="mura-batch-") as folder:
         converted = Path(folder) / _OUTPUT
         return store.add(converted, convert(file, facts, converted))
@@ -82,13 +94,19 @@ def load_checkpoint(file: Path, area: Area) -> tuple[EvidenceNet, Card]:
     store and the package keep theirs.
 
     Raises:
-        WeightsRefused: as for :func:`import_checkpoint`, or there is no card for this area.
+        WeightsRefused: as for :func:`import_checkpoint`.
     """
     if not _is_safetensors(_head(file)):
         with tempfile.TemporaryDirectory(prefix="mura-batch-") as folder:
             converted = Path(folder) / _OUTPUT
             card = convert(file, Facts(area=area), converted)
             return read_network(converted, card), card
+    card = _card_of(file, area)
+    return read_network(file, card), card
+
+
+def _card_of(file: Path, area: Area) -> Card:
+    """Return the card of a safetensors file, from the first place that has one."""
     places = (
         file.with_suffix(".json"),
         file.parent / "card.json",
@@ -103,7 +121,7 @@ def load_checkpoint(file: Path, area: Area) -> tuple[EvidenceNet, Card]:
     card = read_card(place)
     if card.area != area:
         raise WeightsRefused(f"{file}: its card {place} is for {card.area}, not for {area}")
-    return read_network(file, card), card
+    return card
 
 
 def convert(file: Path, facts: Facts, target: Path) -> Card:
@@ -148,14 +166,12 @@ def _head(file: Path) -> bytes:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{"
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER
 
 
 def _plausible(file: Path) -> None:
     """Refuse what is no torch file at first sight: a web page, say."""
     head = _head(file)
-    if _is_safetensors(head):
-        raise WeightsRefused(f"{file} is safetensors, not a torch checkpoint: use it as it is")
     if not head.startswith((b"PK\x03\x04", b"\x80")):
         raise WeightsRefused(f"{file} is not a torch checkpoint: it begins with {head!r}")
     if file.stat().st_size > _MAX_BYTES:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from mura_batch.area import Area, Source
 from mura_batch.records import (
@@ -130,3 +133,19 @@ def finish(store: Store, *readings: ReadingOutcome, **other) -> StoredStudy:
 
 def archived(store: Store, study: StoredStudy) -> None:
     store.moved(*(Move(file.claim, Place.ARCHIVE, (file.name,)) for file in study.files))
+
+
+def damage(database: Path) -> None:
+    """Record a study and overwrite pages of its readings, as a failing disk may."""
+    with Store.open(f"sqlite:///{database}") as store:
+        record(store, folder("hand", "a"))
+        finish(store)
+    with closing(sqlite3.connect(database)) as raw:
+        raw.execute("PRAGMA journal_mode = DELETE")
+        where = "SELECT rootpage FROM sqlite_master WHERE tbl_name = 'readings'"
+        pages = [page for (page,) in raw.execute(where)]
+        (size,) = raw.execute("PRAGMA page_size").fetchone()
+    with database.open("r+b") as stream:
+        for page in pages:
+            stream.seek((page - 1) * size)
+            stream.write(b"\xff" * size)

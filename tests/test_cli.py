@@ -8,17 +8,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
+from ledger import damage
 from site_home import PROGRAM, SAMPLES, Home, film, make_home
 
 from mura_batch.area import Area
 from mura_batch.cli import program
 from mura_batch.config import NOTICE
 from mura_batch.records import STUDY_FIELDS
-from mura_batch.weights import WeightsStore
+from mura_batch.weights import BUNDLED, OperatingPoint, WeightsStore, bundled_card
 
 README = Path(__file__).parent.parent / "README.md"
 HEAVY = ("torch", "torchvision", "openvino", "pandas", "optuna", "matplotlib", "pyarrow")
@@ -45,6 +47,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     (made.inbox / "elbow.png").write_text("no picture")
     done = made.command("watch", "--once")
     assert done.returncode == 3, done.stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home whose database has a spoilt page."""
+    made = make_home(tmp_path_factory.mktemp("damaged") / "home")
+    damage(made.path / "results.db")
     return made
 
 
@@ -148,6 +158,9 @@ def test_export_writes_every_row(home: Home, tmp_path: Path, ending: str) -> Non
         (["--home", "/proc/none", "watch", "--once"], 4, "init"),
         (["--home", "/proc/none", "query"], 4, "db upgrade"),
         (["query", "--since", "yesterday"], 2, "yesterday"),
+        (["export", "/proc/results.csv"], 1, "No such file or directory"),
+        (["db", "backup", "/proc/copy.db"], 1, "No such file or directory"),
+        (["models", "fetch", "XR_HAND", "--url", "ftp://x"], 4, "weights_url"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -161,6 +174,27 @@ def test_errors_are_one_line_that_says_what_to_do(
     if code != 2:
         errors = [line for line in done.stderr.splitlines() if line != NOTICE]
         assert len(errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["db", "check"], 1),
+        (["db", "backup", "copy.db"], 4),
+        (["doctor"], 3),
+        (["query"], 4),
+        (["status"], 4),
+        (["export", "results.csv"], 4),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_damaged_database_is_told_in_a_line(
+    damaged: Home, arguments: list[str], code: int
+) -> None:
+    done = damaged.command(*arguments)
+    assert done.returncode == code, done.stderr
+    assert "damaged" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_verbose_adds_the_traceback(home: Home) -> None:
@@ -189,8 +223,41 @@ def test_labels_are_kept(home: Home, tmp_path: Path) -> None:
         ("positive", ""),
         ("negative", "XR_WRIST"),
     }
-    table.write_text(f"study,label\n{study},maybe\n")
-    assert "line 2" in home.command("label", "import", str(table)).stderr
+
+
+def test_all_that_is_wrong_with_labels_is_told_at_once(home: Home, tmp_path: Path) -> None:
+    study = str(rows(home, "--state", "done")[0]["study"])
+    table = tmp_path / "truth.csv"
+
+    def refused(text: str, encoding: str = "utf-8") -> str:
+        before = home.command("label", "list").stdout
+        table.write_text(text, encoding)
+        done = home.command("label", "import", str(table))
+        assert done.returncode == 4, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert home.command("label", "list").stdout == before
+        return done.stderr
+
+    told = refused(f"study,label,area\n{study},maybe,\n{study},positive,XR_KNEE\n")
+    assert "line 2" in told
+    assert "line 3" in told
+    told = refused(f"study,label\nno-such,positive\n{study},positive\nnor-this,negative\n")
+    assert "no-such" in told
+    assert "nor-this" in told
+    assert "UTF-8" in refused("study,label\nHüfte,positive\n", "latin-1")
+
+
+def test_a_full_disk_is_told_and_a_reader_that_leaves_early_is_no_error(home: Home) -> None:
+    done = subprocess.run(  # noqa: S602 - a pipe, as a user types it
+        f"{PROGRAM} query --json 2>&1 >/dev/full; {PROGRAM} query --json | true",
+        shell=True,
+        env=home.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[1:] == ["mura-batch: No space left on device"]
+    assert done.stderr.splitlines() == [NOTICE]
 
 
 def test_score_leaves_files_and_database_alone(home: Home, tmp_path: Path) -> None:
@@ -205,6 +272,34 @@ def test_score_leaves_files_and_database_alone(home: Home, tmp_path: Path) -> No
     assert view["area_source"] == "person"
     assert len(list((tmp_path / "out").rglob("*.png"))) == 1
     assert (picture.read_bytes(), rows(home)) == before
+
+
+@pytest.mark.parametrize("given", ["../XR_HAND", "../../link/../XR_HAND", "."])
+def test_score_counts_folder_names_from_where_a_path_starts(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    film(tmp_path / "XR_ELBOW/site/XR_HAND/1.png", 1)
+    film(tmp_path / "XR_ELBOW/site/XR_WRIST/XR_HAND.png", 2)
+    (tmp_path / "XR_ELBOW/link").symlink_to(tmp_path / "XR_ELBOW/site/XR_WRIST")
+    monkeypatch.chdir(tmp_path / "XR_ELBOW/site/XR_WRIST")
+    where = replace(home, settings=home.settings | {"MURA_BATCH_OVERLAYS": "no"})
+    done = where.command("score", given, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [view["area"] for view in json.loads(done.stdout)] == ["XR_HAND"]
+
+
+def test_score_takes_a_safetensors_file_with_its_card(home: Home, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes((BUNDLED / "generalist.safetensors").read_bytes())
+    card = replace(bundled_card(Area.XR_HAND), operating_points=(OperatingPoint("balanced", 0.99),))
+    file.with_suffix(".json").write_text(card.to_json())
+    picture = film(tmp_path / "1.png", 1)
+    done = home.command(
+        "score", str(picture), "--json", "--area", "XR_HAND", "--weights", str(file)
+    )
+    assert done.returncode == 0, done.stderr
+    view = json.loads(done.stdout)[0]
+    assert (view["weights"], view["threshold"]) == (card.sha256, 0.99)
 
 
 def test_score_can_save(tmp_path: Path) -> None:

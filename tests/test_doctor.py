@@ -17,7 +17,7 @@ import pytest
 
 from mura_batch import database, doctor
 from mura_batch.area import Area
-from mura_batch.config import STATUS_FILE, Settings
+from mura_batch.config import LOCK_FILE, STATUS_FILE, Settings
 from mura_batch.doctor import Mount, examine, mount_of
 from mura_batch.records import ClaimedFile, ClaimRecord
 from mura_batch.store import Store
@@ -182,7 +182,7 @@ def test_more_folders_than_may_be_watched(
 
 def test_a_running_daemon_is_seen_and_a_silent_one_is_told(site: Settings) -> None:
     assert not doctor.is_running(site)
-    with (site.home / ".watch.lock").open("w") as lock:
+    with (site.home / LOCK_FILE).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert doctor.is_running(site)
         assert wrong(site) == []

@@ -10,7 +10,7 @@ import pytest
 from site_home import SAMPLES, film, make_home
 
 import mura_batch
-from mura_batch.errors import MuraError, UnreadableImage
+from mura_batch.errors import Misconfigured, MuraError, UnreadableImage
 from mura_batch.scoring import sigmoid
 
 ELBOW = SAMPLES / "elbow_lateral.png"
@@ -45,6 +45,37 @@ def test_a_home_serves_its_active_weights(tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
     model = mura_batch.load_model("XR_HAND", home=home.path, runtime="torch", device="cpu")
     assert model.card.area is mura_batch.Area.XR_HAND
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "int8", "float32", "bool"])
+def test_an_array_of_another_kind_is_refused(model: mura_batch.Model, kind: str) -> None:
+    array = mura_batch.read_luminance(ELBOW)
+    (score,) = model.score([array])
+    with pytest.raises(ValueError, match=f"{kind}.*give uint8"):
+        model.score([array, array.astype(kind)])
+    with pytest.raises(ValueError, match=f"{kind}.*give uint8"):
+        model.overlay(array.astype(kind), score)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (64,), (0, 8)])
+def test_an_array_of_another_shape_is_refused(
+    model: mura_batch.Model, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="give uint8"):
+        model.score([np.zeros(shape, np.uint8)])
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_path_is_not_a_list(model: mura_batch.Model, kind: type) -> None:
+    with pytest.raises(TypeError, match="give a list"):
+        model.score(kind(ELBOW))
+
+
+def test_what_load_model_raises_is_what_it_says() -> None:
+    for name in ("ValueError", "Misconfigured"):
+        assert f"{name}: " in str(mura_batch.load_model.__doc__)
+    with pytest.raises(Misconfigured, match="runtime"):
+        mura_batch.load_model("XR_HAND", runtime="abacus")
 
 
 def test_bad_input_is_told_by_its_own_errors(model: mura_batch.Model, tmp_path: Path) -> None:

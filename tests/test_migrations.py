@@ -15,14 +15,15 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from ledger import finish, folder, record
+from ledger import damage, finish, folder, record
 from postgres_server import database as postgres_database
 from sqlalchemy import JSON, DateTime, Float, LargeBinary, MetaData, insert, select
 from sqlalchemy import types as sql
+from sqlalchemy.exc import IntegrityError
 
 from mura_batch import database, schema
 from mura_batch.engine import open_engine, writing
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, Transient
 from mura_batch.results import Results
 from mura_batch.store import Store
 
@@ -227,6 +228,40 @@ def test_a_backup_is_whole_while_the_daemon_writes(tmp_path):
         (row,) = results.query()
         assert "unfinished" not in [event.what for event in results.events(row.study)]
     assert [f.name for f in (tmp_path / "backups").iterdir() if "-" not in f.name] == ["one.db"]
+
+
+def garbage(file):
+    file.write_bytes(b"no database" * 99)
+
+
+@pytest.mark.parametrize("harm", [damage, garbage])
+def test_damage_is_told_with_the_cure_and_not_backed_up(tmp_path, harm):
+    file = tmp_path / "results.db"
+    url = f"sqlite:///{file}"
+    database.upgrade(url)
+    harm(file)
+    (problem,) = database.check(url)
+    assert "restore a backup" in problem
+    with pytest.raises(Misconfigured, match="damaged.*no backup was made"):
+        database.backup(url, tmp_path / "backup.db")
+    with pytest.raises(Misconfigured, match="restore a backup"), Results.open(url) as results:
+        list(results.query())
+    assert not (tmp_path / "backup.db").exists()
+
+
+def test_a_database_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    (tmp_path / "results.db").mkdir()
+    with pytest.raises(Transient, match="could not be copied.*try again"):
+        database.backup(f"sqlite:///{tmp_path / 'results.db'}", tmp_path / "backup.db")
+
+
+def test_a_mistake_of_the_program_is_not_called_damage(tmp_path):
+    url = f"sqlite:///{tmp_path / 'results.db'}"
+    database.upgrade(url)
+    engine = open_engine(url, read_only=False)
+    with pytest.raises(IntegrityError), writing(engine) as connection:
+        connection.execute(insert(schema.events).values(unfinished() | {"study_id": "none"}))
+    engine.dispose()
 
 
 def unfinished():

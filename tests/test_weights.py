@@ -327,6 +327,44 @@ def test_verify_names_unreadable_cards_and_what_is_active_but_broken(store: Weig
         store.active(HAND)
 
 
+def test_a_card_in_the_folder_of_another_area_is_never_used(
+    store: WeightsStore, other_file: Path
+) -> None:
+    card = store.add(
+        other_file, replace(bundled_card(WRIST), sha256=sha256_of(other_file), origin="trained")
+    )
+    place = store.directory / HAND / f"{card.short}.json"
+    shutil.copy(store.directory / WRIST / place.name, place)
+    assert store.cards(HAND) == [bundled_card(HAND)]
+    with pytest.raises(Misconfigured, match="no weights have"):
+        store.activate(HAND, card.sha256)
+    assert store.active(WRIST) == bundled_card(WRIST)
+    state = store.directory / HAND / "active.json"
+    state.write_text(json.dumps({"digest": card.sha256, "history": [card.sha256]}))
+    for use in (store.active, store.rollback):
+        with pytest.raises(WeightsRefused, match="is the card of XR_WRIST"):
+            use(HAND)
+    assert "what is active cannot be used" in "\n".join(store.verify())
+
+
+def test_a_card_of_other_tensors_is_never_used(store: WeightsStore) -> None:
+    place = store.directory / HAND / f"{store.require(HAND).short}.json"
+    place.write_text(a_card().to_json())
+    with pytest.raises(WeightsRefused, match="is the card of XR_HAND abab"):
+        store.active(HAND)
+    with pytest.raises(Misconfigured, match="no weights have"):
+        store.find(HAND, "abab")
+
+
+def test_verify_names_a_file_that_cannot_be_read(store: WeightsStore) -> None:
+    file = store.file(store.require(HAND))
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # a file whose first byte nobody can read
+    problems = store.verify()
+    assert len(problems) == len(Area)
+    assert all("cannot be read (Input/output error)" in problem for problem in problems)
+
+
 DIGESTS = [f"{n:02x}" * 32 for n in range(3)]
 
 
@@ -601,8 +639,6 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
             import_checkpoint(file, Facts(area=HAND), store)
     with pytest.raises(WeightsRefused, match="cannot be read"):
         import_checkpoint(tmp_path / "absent.pt", Facts(area=HAND), store)
-    with pytest.raises(WeightsRefused, match="is safetensors"):
-        import_checkpoint(BUNDLED_FILE, Facts(area=HAND), store)
 
 
 def test_a_safetensors_file_is_loaded_with_the_card_beside_it(
@@ -621,3 +657,18 @@ def test_a_safetensors_file_is_loaded_with_the_card_beside_it(
         assert found == card
         bias = half_state["classifier.bias"].float()
         assert torch.equal(network.state_dict()["classifier.bias"], bias)
+
+
+def test_a_safetensors_file_is_stored_with_its_card(tmp_path: Path, other_file: Path) -> None:
+    store = WeightsStore(tmp_path / "weights")
+    file = tmp_path / "mine.safetensors"
+    shutil.copy(other_file, file)
+    with pytest.raises(WeightsRefused, match=r"has no card.*mine\.json"):
+        import_checkpoint(file, Facts(area=HAND), store)
+    card = replace(bundled_card(HAND), sha256=sha256_of(file), origin="trained")
+    file.with_suffix(".json").write_text(card.to_json())
+    with pytest.raises(WeightsRefused, match="no more than the area"):
+        import_checkpoint(file, Facts(area=HAND, threshold=0.3), store)
+    assert import_checkpoint(file, Facts(area=HAND), store) == card
+    assert store.cards() == [card]
+    assert store.verify() == []

@@ -255,6 +255,21 @@ def test_a_server_that_never_gets_further_is_given_up(server: Server, target: Pa
     assert not target.exists()
 
 
+def test_a_part_that_is_whole_is_not_asked_for_again(server: Server, target: Path) -> None:
+    """As a kill between the last byte and the final name leaves it."""
+    server.behaviours = [cut, status(404)]
+    with pytest.raises(Misconfigured):
+        download(server.base, target, patience=QUICK)
+    with target.with_suffix(".part").open("ab") as part:
+        part.write(CONTENT[100_000:])
+    seen: list[tuple[int, int | None]] = []
+    download(server.base, target, progress=lambda *now: seen.append(now), patience=QUICK)
+    assert target.read_bytes() == CONTENT
+    assert names(target) == ["file.pt"]
+    assert len(server.ranges) == 2
+    assert seen == [(len(CONTENT), len(CONTENT))]
+
+
 def test_a_part_that_is_too_long_starts_again(server: Server, target: Path) -> None:
     """The server answers 416 to a range that begins behind the end."""
     server.behaviours = [cut, status(404)]

@@ -40,7 +40,7 @@ _COMMANDS = {
 
 
 class _Program(click.Group):
-    """Commands by name, imported when asked for; package errors end in one line and a code."""
+    """Commands by name, imported when asked for; errors end in one line and a code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
@@ -57,11 +57,25 @@ class _Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except MuraError as exc:
+        except BrokenPipeError:
+            raise  # `| head`: click leaves in silence
+        except (MuraError, OSError) as exc:
             if ctx.params.get("verbose"):
                 traceback.print_exc()
-            click.echo(f"mura-batch: {exc}", err=True)
-            ctx.exit(MISCONFIGURED if isinstance(exc, Misconfigured) else FAILED)
+            click.echo(f"mura-batch: {told(exc)}", err=True)
+            ctx.exit(code(exc))
+
+
+def told(error: MuraError | OSError) -> str:
+    """Return an error as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def code(error: MuraError | OSError) -> int:
+    """Return the exit code that says of which kind an error is."""
+    return MISCONFIGURED if isinstance(error, Misconfigured) else FAILED
 
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,7 +11,7 @@ import click
 from mura_batch import cli, config
 from mura_batch.area import Area
 from mura_batch.cli.results import AREA, SHARE
-from mura_batch.errors import Misconfigured, MuraError
+from mura_batch.errors import MuraError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,6 +77,6 @@ def main() -> None:
     """Run ``mura-infer``; errors are one line, exit codes as ``mura-batch``'s."""
     try:
         infer.main(prog_name="mura-infer")
-    except MuraError as exc:
-        click.echo(f"mura-infer: {exc}", err=True)
-        sys.exit(cli.MISCONFIGURED if isinstance(exc, Misconfigured) else cli.FAILED)
+    except (MuraError, OSError) as exc:
+        click.echo(f"mura-infer: {cli.told(exc)}", err=True)
+        sys.exit(cli.code(exc))

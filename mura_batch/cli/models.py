@@ -11,7 +11,7 @@ import click
 from mura_batch import cli
 from mura_batch.area import Area
 from mura_batch.cli.results import AREA, show_table
-from mura_batch.errors import MuraError, Transient
+from mura_batch.errors import MuraError
 
 if TYPE_CHECKING:
     from mura_batch.weights import WeightsStore
@@ -93,7 +93,8 @@ def models_show(ctx: click.Context, area: str, weights: str | None) -> None:
 def models_fetch(ctx: click.Context, areas: tuple[str, ...], url: str | None) -> None:
     """Download published weights (all areas, or those named) and use them.
 
-    A download that was cut off goes on where it stopped.
+    A download that was cut off goes on where it stopped. 1 when one failed, 4 when one never
+    can, such as from a wrong address.
 
     \b
     mura-batch models fetch
@@ -101,17 +102,16 @@ def models_fetch(ctx: click.Context, areas: tuple[str, ...], url: str | None) ->
     """
     settings = cli.settings(ctx)
     store = _store(ctx)
-    failed = 0
+    worst = 0
     for area in [Area(name) for name in areas] or list(Area):
         try:
             card = fetch_with_progress(area, url or settings.weights_url, store)
-        except (Transient, MuraError) as exc:
+        except MuraError as exc:
             click.echo(f"{area}: {exc}", err=True)
-            failed += 1
+            worst = max(worst, cli.code(exc))
         else:
             click.echo(f"{area}: {card.short}")
-    if failed:
-        ctx.exit(cli.FAILED)
+    ctx.exit(worst)
 
 
 def fetch_with_progress(
@@ -148,7 +148,10 @@ def models_import(
     licence: str,
     activate: bool,
 ) -> None:
-    """Convert a torch checkpoint (a state dict, or a file that holds `model_state`).
+    """Store a torch checkpoint (a state dict, or a file that holds `model_state`).
+
+    Safetensors are stored too, with their card: FILE.json or card.json beside them. It says all
+    that the options say, so leave these out.
 
     \b
     mura-batch models import XR_WRIST wrist_best.pt --activate

@@ -19,7 +19,6 @@ from mura_batch.errors import Misconfigured
 
 if TYPE_CHECKING:
     from mura_batch.records import Filters, ImageRow, LabelRow, StudyRow
-    from mura_batch.store import Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -303,31 +302,41 @@ def label_import(ctx: click.Context, file: Path) -> None:
     \b
     mura-batch label import truth.csv
     """
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as exc:
+        raise Misconfigured(f"{file} is no CSV in UTF-8 ({exc}): save it as such") from exc
     _store_labels(ctx, rows)
 
 
 def _store_labels(ctx: click.Context, rows: Sequence[dict[str, str]]) -> None:
     from mura_batch.store import Store
 
+    truth, problems = [], []
+    for number, row in enumerate(rows, start=2):
+        try:
+            truth.append(_label_row(row))
+        except ValueError as exc:
+            problems.append(f"line {number} {exc}")
+    if problems:
+        raise Misconfigured(f"No label was stored: {'; '.join(problems)}.")
     with Store.open(cli.settings(ctx).database_url) as store:
-        count = store.set_labels(
-            [_label_row(store, number, row) for number, row in enumerate(rows, start=2)]
-        )
+        count = store.set_labels(truth)
     click.echo(f"{count} labels stored", err=True)
 
 
-def _label_row(store: Store, number: int, row: dict[str, str]) -> LabelRow:
+def _label_row(row: dict[str, str]) -> LabelRow:
+    """Return a line of a CSV as a label; ValueError says what it needs."""
     from mura_batch.records import LabelRow
 
     value, area = row.get("label"), row.get("area") or None
     if value not in {"positive", "negative"} or not row.get("study"):
-        raise Misconfigured(f"line {number}: needs a study and a label, positive or negative")
+        raise ValueError("needs a study and a label, positive or negative")
     if area not in {None, *Area}:
-        raise Misconfigured(f"line {number}: {area!r} is none of {', '.join(Area)}")
+        raise ValueError(f"needs an area of {', '.join(Area)}, not {area!r}")
     label = cast("Literal['positive', 'negative']", value)
-    return LabelRow(store.resolve(row["study"]), label, Area(area) if area else None)
+    return LabelRow(row["study"], label, Area(area) if area else None)
 
 
 @label.command("list")
