@@ -17,7 +17,7 @@ from mura_batch.custody import Candidate, Custody, FoundFile
 from mura_batch.errors import Misconfigured
 from mura_batch.inbox import Inbox
 from mura_batch.pipeline import Pipeline
-from mura_batch.records import Filters, ImageRow, Rerun, StoredStudy, StudyRow
+from mura_batch.records import Filters, ImageRow, Recorded, Rerun, StoredStudy, StudyRow
 from mura_batch.scoring import warm_scorer
 from mura_batch.store import Store
 from mura_batch.study import Kind
@@ -65,7 +65,8 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
     from the folder that holds all of these.
 
     Raises:
-        Misconfigured: a path is missing, or the wanted weights are.
+        Misconfigured: a path is missing or holds no image, the wanted weights are missing, or a
+            saved study with an area of its own is known already.
     """
     missing = [str(path) for path in request.paths if not path.exists()]
     if missing:
@@ -88,8 +89,12 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
         with Pipeline(local, store, Custody(local), weights, scorer) as pipeline:
             claims = map(Custody(local).claim, _candidates(local, request.paths))
             held = [claim for claim in claims if claim is not None]
+            if not held:
+                raise Misconfigured(f"no image in {', '.join(map(str, request.paths))}")
             received = pipeline.receive(held, outside=True)
             studies = [recorded.study_id for recorded in received]
+            if request.save and (request.area or request.weights_digest or request.weights_file):
+                _only_news(received)
             if request.area is not None:
                 store.rerun(Rerun(studies=tuple(studies)), request.area)
             pipeline.feed(track(store.studies(dict.fromkeys(studies))))
@@ -101,6 +106,20 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
             scored,
             images=tuple(_carried(row, local.home, request.overlays) for row in scored.images),
         )
+
+
+def _only_news(received: Sequence[Recorded]) -> None:
+    """Refuse to let an answer of the moment replace what the site knows of a study.
+
+    Raises:
+        Misconfigured: one of the studies was in the database before.
+    """
+    for recorded in received:
+        if recorded.outcome != "new":
+            raise Misconfigured(
+                f"this is study {recorded.study_id} of the site already: `mura-batch rerun"
+                f" {recorded.study_id} --set-area AREA` scores it anew, or leave out --save"
+            )
 
 
 def _absolute(path: Path) -> Path:

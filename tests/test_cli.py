@@ -309,6 +309,25 @@ def test_score_can_save(tmp_path: Path) -> None:
     film(folder / "2.png", 2)
     assert home.command("score", str(folder), "--save").returncode == 0
     assert [(row["area"], row["views"]) for row in rows(home)] == [("XR_HAND", 2)]
+    before = rows(home)
+    for state in ("done", "failed"):  # a daemon scores it where it lies, and leaves it there
+        home.command("rerun", "--state", state)
+        assert home.command("watch", "--once").returncode == 0
+    (row,) = rows(home)
+    assert (row["study"], row["logit"]) == (before[0]["study"], before[0]["logit"])
+    assert row["area_source"] == before[0]["area_source"]
+    assert len(list(folder.iterdir())) == 2
+    assert not list((home.path / "quarantine").rglob("*.json"))
+    other = home.command("score", str(folder), "--save", "--area", "XR_WRIST")
+    assert other.returncode == 4
+    assert f"rerun {row['study']}" in other.stderr
+    assert rows(home) == [row]
+
+
+def test_score_of_a_folder_without_images_says_so(home: Home, tmp_path: Path) -> None:
+    empty = home.command("score", str(tmp_path), "--area", "XR_HAND")
+    assert empty.returncode == 4
+    assert "no image in" in empty.stderr
 
 
 def test_init_adds_what_is_missing_and_changes_nothing_else(tmp_path: Path) -> None:
