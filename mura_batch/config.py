@@ -18,7 +18,6 @@ from mura_batch.errors import Misconfigured
 
 PREFIX = "MURA_BATCH_"
 NOTICE = "research use only, not a medical device"
-LOCK_FILE = ".watch.lock"  # in the home: held by the daemon that works there
 STATUS_FILE = ".daemon.json"  # in the home: what the daemon last said of itself
 PUBLISHED_WEIGHTS = "https://github.com/mariamvol/mura-model-classifier/releases/download/v0.1.0"
 

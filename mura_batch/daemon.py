@@ -21,10 +21,11 @@ from datetime import UTC, datetime
 
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
-from mura_batch.config import LOCK_FILE, STATUS_FILE, Settings
+from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.custody import Claim, Custody
 from mura_batch.errors import Misconfigured, MuraError, Transient
 from mura_batch.inbox import Inbox, Wakeup
+from mura_batch.lock import LOCK_FILE
 from mura_batch.pipeline import Pipeline
 from mura_batch.records import State
 from mura_batch.scoring import warm_scorer

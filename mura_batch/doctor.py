@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -40,9 +39,10 @@ from sqlalchemy import select
 from mura_batch import database
 from mura_batch import engine as engines
 from mura_batch.area import Area
-from mura_batch.config import LOCK_FILE, STATUS_FILE, Settings
+from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.errors import Misconfigured, MuraError
 from mura_batch.inbox import Wakeup
+from mura_batch.lock import is_watched
 from mura_batch.schema import REVISION, files, views
 from mura_batch.weights import WeightsStore
 
@@ -270,7 +270,7 @@ def _events(settings: Settings) -> Iterator[Finding]:
 
 
 def _daemon(settings: Settings) -> Iterator[Finding]:
-    if not is_running(settings):
+    if not is_watched(settings.home):
         yield Finding(ok=True, what="No `mura-batch watch` works in this home now.")
         return
     silence = _silence(settings)
@@ -282,18 +282,6 @@ def _daemon(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding(ok=True, what="`mura-batch watch` works in this home.")
-
-
-def is_running(settings: Settings) -> bool:
-    """Return whether a daemon holds the home's lock."""
-    try:
-        with (settings.home / LOCK_FILE).open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _silence(settings: Settings) -> float | None:
@@ -409,7 +397,7 @@ def _orphans(settings: Settings) -> Iterator[Finding]:
     }
     pictures = [f for f in settings.overlays_dir.rglob("*") if f.is_file() and _old(f)]
     known = _known(settings)
-    findings = [_orphan_work(work, known, running=is_running(settings))]
+    findings = [_orphan_work(work, known, running=is_watched(settings.home))]
     findings += [_orphan_kept(place, folders, known) for place, folders in kept.items()]
     findings.append(_orphan_overlays(settings, pictures, known))
     wrong = [finding for finding in findings if finding is not None]

@@ -112,7 +112,10 @@ def check_revision(engine: Engine) -> None:
         return
     name = shown(engine.url)
     if found is None:
-        raise Misconfigured(f"No results database at {name}: run `mura-batch db upgrade`.")
+        raise Misconfigured(
+            f"No results database at {name}: run `mura-batch init`, or for the"
+            " database alone `mura-batch db upgrade`."
+        )
     if found > REVISION:
         raise Misconfigured(
             f"The database {name} is of revision {found}, newer than this program knows"

@@ -17,8 +17,9 @@ import pytest
 
 from mura_batch import database, doctor
 from mura_batch.area import Area
-from mura_batch.config import LOCK_FILE, STATUS_FILE, Settings
+from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.doctor import Mount, examine, mount_of
+from mura_batch.lock import LOCK_FILE, is_watched
 from mura_batch.records import ClaimedFile, ClaimRecord
 from mura_batch.store import Store
 from mura_batch.study import Kind
@@ -181,16 +182,16 @@ def test_more_folders_than_may_be_watched(
 
 
 def test_a_running_daemon_is_seen_and_a_silent_one_is_told(site: Settings) -> None:
-    assert not doctor.is_running(site)
+    assert not is_watched(site.home)
     with (site.home / LOCK_FILE).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert doctor.is_running(site)
+        assert is_watched(site.home)
         assert wrong(site) == []
         for minutes, silent in ((1, False), (20, True)):
             last = datetime.now(UTC) - timedelta(minutes=minutes)
             (site.home / STATUS_FILE).write_text(f'{{"last_scan_at": "{last.isoformat()}"}}')
             assert any("20 minutes" in what for what in wrong(site)) == silent
-    assert not doctor.is_running(site)
+    assert not is_watched(site.home)
 
 
 def test_damaged_weights_are_told_with_the_way_out(site: Settings) -> None:

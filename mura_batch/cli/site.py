@@ -141,6 +141,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
     \b
     mura-batch status
     """
+    from mura_batch.lock import is_watched
     from mura_batch.results import Results
     from mura_batch.weights import WeightsStore
 
@@ -163,17 +164,17 @@ def status(ctx: click.Context, as_json: bool) -> None:
         "states": {str(state): count for state, count in counts.states.items()},
         "queued": counts.queued,
         "running": counts.running,
-        "oldest_waiting": counts.oldest,
+        "oldest_waiting": counts.oldest and counts.oldest.isoformat(),
         "views_last_hour": counts.views,
-        "last_scored_at": counts.last_scored_at,
-        "daemon": _daemon_status(settings.home),
+        "last_scored_at": counts.last_scored_at and counts.last_scored_at.isoformat(),
+        "daemon": {"running": is_watched(settings.home)} | _last_word(settings.home),
         "stale_results": stale,
         "weights": {str(area): weights_line(weights, area) for area in Area},
         "free_disk_gb": round(shutil.disk_usage(settings.home).free / 1e9, 1),
         "notice": config.NOTICE,
     }
     if as_json:
-        click.echo(json.dumps(facts, indent=1, default=str))
+        click.echo(json.dumps(facts, indent=1))
         return
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -184,14 +185,14 @@ def status(ctx: click.Context, as_json: bool) -> None:
             click.echo(f"{name.replace('_', ' ')}: {'-' if value is None else value}")
 
 
-def _daemon_status(home: Path) -> dict[str, Any] | None:
-    """Return what the daemon last said of itself, or None where none has run."""
+def _last_word(home: Path) -> dict[str, Any]:
+    """Return what the daemon last said of itself, nothing where none has run."""
     from mura_batch.config import STATUS_FILE
 
     try:
         known: dict[str, Any] = json.loads((home / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
     return known
 
 
