@@ -140,8 +140,8 @@ def hush() -> None:
     """Keep the codecs' warnings out of standard error and logs: they quote header values.
 
     Called before each read instead of a ``catch_warnings`` block, which is not safe in threads:
-    it sets one process-wide filter for those modules where it is not set.
+    it sets one process-wide filter for those modules, ahead of any set since.
     """
-    if not any(getattr(entry[3], "pattern", "") == _TALKATIVE for entry in warnings.filters):
+    if getattr(next(iter(warnings.filters), (None,) * 4)[3], "pattern", "") != _TALKATIVE:
         warnings.filterwarnings("ignore", module=_TALKATIVE)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)

@@ -545,6 +545,35 @@ def test_nothing_of_a_header_reaches_standard_error(tmp_path):
     assert "pydicom" not in done.stderr
 
 
+def test_an_unknown_character_set_says_nothing_on_standard_error(tmp_path):
+    path = made_dicom.write(tmp_path / "film.dcm", ramp(1024), StudyDescription="HANDLINKS")
+    charset = b"\x08\0\x05\0CS\x0a\0ISO_IR 999"
+    content = path.read_bytes().replace(b"HANDLINKS", b"S\xe9CR\xe9T^na")
+    at = content.index(b"\x08\0\x16\0UI")  # the first element of the data set
+    path.write_bytes(content[:at] + charset + content[at:])
+    script = (
+        "import sys, warnings\n"
+        "from pathlib import Path\n"
+        "from mura_batch.radiograph import read_luminance\n"
+        "from mura_batch.study import SourceFile, peek, read_study\n"
+        "path = Path(sys.argv[1])\n"
+        "for action in ('default', 'always'):\n"
+        "    peek(path)\n"
+        "    read_study([SourceFile(path, 'x', 'a', 1)])\n"
+        "    read_luminance(path)\n"
+        "    warnings.simplefilter(action)  # as a library does that is imported later\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=HERE.parent,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+    )
+    assert done.stderr == ""
+
+
 def test_threads_read_the_same(tmp_path):
     path = made_dicom.write(tmp_path / "film.dcm", ramp(4096), SYNTAXES["jpeg_2000"])
     expected, seen = read_luminance(path), []
