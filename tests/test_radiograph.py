@@ -193,6 +193,30 @@ def test_the_default_preprocessing_is_torchvisions_resize_on_a_film():
     assert np.array_equal(prepare(luminance, Preprocessing()).pixels, expected)
 
 
+@SETTINGS
+@given(
+    arrays.arrays(np.uint8, st.tuples(st.integers(1, 600), st.integers(1, 90))),
+    st.booleans(),
+    st.sampled_from(["none", "foreground"]),
+)
+def test_padding_is_a_resize_of_the_black_square_around_the_region(luminance, turned, crop):
+    luminance = np.ascontiguousarray(luminance.T) if turned else luminance
+    made = prepare(luminance, Preprocessing(size=64, crop=crop, fit="pad"))
+    box = (made.box.left, made.box.top, made.box.right, made.box.bottom)
+    square = Image.fromarray(luminance).crop(box)
+    assert square.width == square.height
+    expected = np.asarray(square.resize((64, 64), Image.Resampling.BILINEAR))
+    assert np.array_equal(made.pixels, expected)
+
+
+@pytest.mark.parametrize("shape", [(20_000, 1_500), (1_500, 20_000)])
+def test_the_square_around_a_long_film_may_be_more_than_pillow_crops(shape):
+    film = prepare(np.full(shape, 200, np.uint8), Preprocessing(fit="pad")).pixels
+    assert film.shape == (224, 224)
+    assert film[112, 112] == 200
+    assert film[0, 0] == 0
+
+
 # Grey values of DICOM
 
 
