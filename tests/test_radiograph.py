@@ -5,7 +5,10 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import made_dicom
@@ -134,6 +137,44 @@ def test_sixteen_bits_that_use_a_tenth_of_the_range_keep_their_contrast(
     assert (film.min(), film.max()) == (0, 255)
     assert np.unique(film).size == 256  # the low bytes count, in colour channels too
     assert (np.diff(film.ravel().astype(int)) >= 0).all()
+
+
+@contextmanager
+def memory_of(samples: np.ndarray) -> Iterator[None]:
+    """Fail where arrays take more than four times the samples, and some steps' own, at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 4 * samples.nbytes + (20 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (4, 2), (2, 3), (6, 4)])
+def test_sixteen_bits_take_a_few_times_their_own_memory(tmp_path, colour_type, channels):
+    samples = np.full((3000, 4000, channels), 30000, np.uint16)
+    samples[:1000] = 29000
+    (tmp_path / "film.png").write_bytes(png_of(samples, colour_type))
+    with memory_of(samples):
+        assert read_luminance(tmp_path / "film.png").shape == (3000, 4000)
+
+
+def test_sixteen_bits_of_dicom_take_a_few_times_their_own_memory(tmp_path):
+    samples = np.full((3000, 4000), 30000, np.uint16)
+    made_dicom.write(tmp_path / "film.dcm", samples)
+    with memory_of(samples):
+        assert read_luminance(tmp_path / "film.dcm").shape == (3000, 4000)
+
+
+def test_sixteen_bit_colours_are_weighted_before_they_lose_bits(tmp_path):
+    grey = np.linspace(0, 65000, 600 * 32).astype(np.uint16).reshape(600, 32, 1)
+    samples = grey + np.random.default_rng(6).integers(0, 500, (600, 32, 3), np.uint16)
+    samples[0, :2] = [[0] * 3, [65535] * 3]
+    (tmp_path / "film.png").write_bytes(png_of(samples, 2))
+    weighted = (samples.astype(np.int64) @ [19595, 38470, 7471] + 0x8000) >> 16
+    Image.fromarray(weighted.astype(np.uint16)).save(tmp_path / "grey.png")
+    expected = read_luminance(tmp_path / "grey.png")
+    assert np.array_equal(read_luminance(tmp_path / "film.png"), expected)
 
 
 def test_a_bright_marker_does_not_take_the_contrast(tmp_path):
