@@ -35,8 +35,8 @@ def read_luminance(path: Path, frame: int = 0) -> Luminance:
 
     Raises:
         UnreadableImage: with the code ``empty``, ``not_an_image``, ``truncated``, ``corrupt``,
-            ``too_large``, ``colour``, ``unreadable``, ``not_a_file``, or of DICOM ``no_pixels``,
-            ``transfer_syntax``, ``unsupported_pixels`` or ``too_deep``.
+            ``too_large``, ``shape``, ``colour``, ``unreadable``, ``not_a_file``, or of DICOM
+            ``no_pixels``, ``transfer_syntax``, ``unsupported_pixels`` or ``too_deep``.
         Transient: the file system or the memory failed, not the file.
     """
     with opened(path) as stream:
@@ -67,7 +67,7 @@ def _read_raster(stream: BinaryIO) -> Luminance:
     content = stream.read()  # before decoding, so that a lost share is no broken image
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as film:
-            check_size(film.width, film.height, size)
+            check_size(film.width, film.height, size, pixel_bytes=_pixel_bytes(film))
             return np.ascontiguousarray(_upright(_grey(film, content), _orientation(film)))
     except Image.DecompressionBombError as exc:
         raise UnreadableImage(
@@ -81,6 +81,15 @@ def _read_raster(stream: BinaryIO) -> Luminance:
                 "truncated", "the image is cut off: copy or export it again"
             ) from exc
         raise UnreadableImage("corrupt", "the image is damaged: copy or export it again") from exc
+
+
+def _pixel_bytes(film: ImageFile.ImageFile) -> int:
+    """Return the bytes that a pixel takes unpacked; Pillow gives 8-bit colour a fourth one."""
+    raw = _raw_mode(film)
+    if ";16" in raw:
+        clear = film.has_transparency_data and raw not in _BYTE_MODES
+        return 2 * (len(raw.partition(";")[0]) + clear)
+    return 1 if film.mode in {"L", "1"} and not film.has_transparency_data else 4
 
 
 def _grey(film: ImageFile.ImageFile, content: bytes) -> Luminance:

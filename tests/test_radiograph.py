@@ -91,7 +91,7 @@ def test_exif_orientation_turns_as_pillow_does(tmp_path, orientation):
 
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "RGB", "RGBA", "1"])
 def test_grey_is_kept_in_every_png_mode(tmp_path, mode):
-    grey = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (8, 1)))
+    grey = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (16, 1)))
     if mode == "1":
         grey = grey.convert("1")
     grey.convert(mode).save(tmp_path / "film.png")
@@ -344,7 +344,7 @@ def test_without_a_window_a_robust_range_is_shown(tmp_path):
 
 
 def test_eight_bits_without_a_window_are_shown_as_they_are(tmp_path):
-    pixels = np.tile(np.arange(256, dtype=np.uint8), (8, 1))
+    pixels = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
     assert np.array_equal(read_luminance(made_dicom.write(tmp_path / "film.dcm", pixels)), pixels)
 
 
@@ -413,7 +413,7 @@ def test_a_modality_lut_comes_before_the_window(tmp_path):
     curve = np.arange(256, dtype=np.uint16)[::-1] * 10
     path = made_dicom.write(
         tmp_path / "film.dcm",
-        np.tile(np.arange(256, dtype=np.uint8), (4, 1)),
+        np.tile(np.arange(256, dtype=np.uint8), (16, 1)),
         ModalityLUTSequence=lut(0, curve, 16),
         WindowCenter=1000,
         WindowWidth=500,
