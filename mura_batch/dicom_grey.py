@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 
 from mura_batch.dicom_file import items, number, text, values
 from mura_batch.errors import UnreadableImage
-from mura_batch.greyscale import eight_bits, stretched
+from mura_batch.greyscale import counted, eight_bits, gathered, stretched
 
 KEYWORDS = (
     "PixelPaddingValue",
@@ -72,7 +72,7 @@ class GreyTable:
             domain = np.arange(np.iinfo(words.dtype).max + 1)
         with np.errstate(over="ignore", invalid="ignore"):  # judged or clipped in the table
             table = self._table(domain.astype(np.int64), words)
-        return _gathered(table, words)
+        return gathered(table, words)
 
     def _table(self, domain: NDArray[np.int64], words: NDArray[Any]) -> NDArray[np.uint8]:
         stored = self._interpreted(domain)
@@ -84,7 +84,7 @@ class GreyTable:
             )
         display = self._voi(modality)
         if display is None:
-            counts = np.bincount(words.ravel(), minlength=domain.size)
+            counts = counted(words, domain.size)
             counts[padding] = 0
             narrow = self.bits <= 8  # noqa: PLR2004 - made for a screen, like an 8-bit PNG
             full = (float(modality.min()), float(modality.max())) if narrow else None
@@ -208,18 +208,6 @@ def _sixteen_bits(item: Dataset, keyword: str, *, little: bool) -> NDArray[np.in
         order = "<u2" if little else ">u2"
         return np.frombuffer(raw[: len(raw) // 2 * 2], order).astype(np.int64)
     return np.asarray(values(item, keyword), np.int64).ravel() & 0xFFFF
-
-
-_GATHER_ROWS = 256  # rows at a time: the index copy that numpy makes stays in the cache
-
-
-def _gathered(table: NDArray[np.uint8], words: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return ``table[words]``."""
-    result = np.empty(words.shape, np.uint8)
-    for start in range(0, len(words), _GATHER_ROWS):
-        rows = slice(start, start + _GATHER_ROWS)
-        np.take(table, words[rows], out=result[rows], mode="clip")
-    return result
 
 
 def unsigned_words(stored: NDArray[Any]) -> NDArray[Any]:

@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, convert_color_space
-from pydicom.uid import UID, AllTransferSyntaxes, RLELossless
+from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian, RLELossless
 
 from mura_batch import dicom_grey
 from mura_batch.dicom_file import (
@@ -77,6 +77,17 @@ class _Layout:
         size = self.rows * self.columns * self.samples * self.allocated // 8
         return size // 3 * 2 if self.photometric == "YBR_FULL_422" else size
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes that a pixel takes on its way to grey.
+
+        A palette makes three 16-bit samples of it. 32-bit words, which no radiograph needs, are
+        sorted for their table and have an entry each in it: as much as eight 16-bit samples.
+        """
+        if self.photometric == "PALETTE COLOR":
+            return 6
+        return 16 if self.allocated > 16 else self.samples * self.allocated // 8  # noqa: PLR2004
+
 
 def read_dicom(stream: BinaryIO, frame: int) -> NDArray[np.uint8]:
     """Return luminance (H, W), 0–255, bone bright, of one frame (from 0) of an opened file.
@@ -88,7 +99,7 @@ def read_dicom(stream: BinaryIO, frame: int) -> NDArray[np.uint8]:
 
     Raises:
         UnreadableImage: ``corrupt``, ``too_deep``, ``no_pixels``, ``truncated``, ``too_large``,
-            ``transfer_syntax``, ``unsupported_pixels`` or ``colour``.
+            ``shape``, ``transfer_syntax``, ``unsupported_pixels`` or ``colour``.
         Transient: the file system failed between the fragments of compressed pixels.
         OSError: it failed elsewhere.
     """
@@ -96,7 +107,13 @@ def read_dicom(stream: BinaryIO, frame: int) -> NDArray[np.uint8]:
     header = read_header(stream, _KEYWORDS)
     pixels = _pixels(header)
     layout = _layout(header.dataset)
-    check_size(layout.columns, layout.rows, size_of(stream))
+    check_size(
+        layout.columns,
+        layout.rows,
+        size_of(stream),
+        pixel_bytes=layout.pixel_bytes,
+        frames=layout.frames if _in_one_stream(header) else 1,
+    )
     if not 0 <= frame < layout.frames:
         raise UnreadableImage(
             "truncated", f"it has no frame {frame + 1}: {layout.frames} are stated"
@@ -115,6 +132,11 @@ def read_dicom(stream: BinaryIO, frame: int) -> NDArray[np.uint8]:
         raise UnreadableImage(
             "corrupt", "its tables of grey values contradict its header: export the study again"
         ) from exc
+
+
+def _in_one_stream(header: Header) -> bool:
+    """Tell whether a frame is reached through those before it only."""
+    return header.transfer_syntax == DeflatedExplicitVRLittleEndian
 
 
 def _pixels(header: Header) -> PixelElement:
@@ -436,4 +458,6 @@ def _painted(stored: NDArray[Any], dataset: Dataset) -> tuple[NDArray[Any], int]
 def _grey_of_channels(channels: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     if channels.dtype.itemsize > 1:
         channels = channels >> max(0, bits - 8)
-    return grey_of_colour(Image.fromarray(np.ascontiguousarray(channels.astype(np.uint8))))
+    return grey_of_colour(
+        Image.fromarray(np.ascontiguousarray(channels.astype(np.uint8, copy=False)))
+    )

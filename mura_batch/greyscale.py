@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -52,6 +55,32 @@ def eight_bits(display: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.rint(np.clip(display, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
+_COUNTED = 1 << 20  # words at a time: numpy makes 64 bits of each that it counts
+_GATHERED = 256  # rows at a time: the index copy that numpy makes stays in the cache
+
+
+def counted(words: NDArray[Any], size: int) -> NDArray[np.int64]:
+    """Return how often each of 0 … ``size`` - 1 is met in unsigned words of any shape."""
+    flat = words.ravel()
+    counts = np.zeros(size, np.int64)
+    for start in range(0, flat.size, _COUNTED):
+        counts += np.bincount(flat[start : start + _COUNTED], minlength=size)
+    return counts
+
+
+def gathered(table: NDArray[np.uint8], words: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return ``table[words]`` for words (H, ...)."""
+    result = np.empty(words.shape, np.uint8)
+    for rows in strips(len(words)):
+        np.take(table, words[rows], out=result[rows], mode="clip")
+    return result
+
+
+def strips(height: int) -> Iterator[slice]:
+    """Return the rows of an image, some at a time, for work that takes more than its pixels."""
+    return (slice(start, start + _GATHERED) for start in range(0, height, _GATHERED))
+
+
 _GLANCE = 256  # pixels of the longer side at which colour is judged: evens out chroma noise
 _LEVELS = 32  # steps of brightness, each with its own tint
 _RESIDUAL_LIMIT = 20  # of 255
@@ -63,6 +92,16 @@ _SHARE = 0.05  # of the pixels that may break a limit: coloured arrows, a logo
 
 def grey_of_colour(film: Image.Image) -> NDArray[np.uint8]:
     """Return the luminance (ITU-R BT.601, as Pillow's ``convert("L")``) of an RGB image.
+
+    Raises:
+        UnreadableImage: ``colour``, see :func:`check_colour`.
+    """
+    check_colour(film)
+    return np.asarray(film.convert("L"))
+
+
+def check_colour(film: Image.Image) -> None:
+    """Tell radiographs in RGB from photographs.
 
     A radiograph in colour channels is grey, or has one tint at each brightness (film base, sepia
     copies); a photograph has many, or one that no film has. Measured on the image reduced to 256
@@ -83,7 +122,6 @@ def grey_of_colour(film: Image.Image) -> NDArray[np.uint8]:
         raise UnreadableImage(
             "colour", "this is a colour photograph, not a radiograph: export the image in grey"
         )
-    return np.asarray(film.convert("L"))
 
 
 def _residual(rgb: NDArray[np.int16]) -> float:

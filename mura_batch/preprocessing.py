@@ -68,9 +68,28 @@ def prepare(luminance: Luminance, spec: Preprocessing) -> NetworkInput:
     box = _region(luminance, spec)
     film = Image.fromarray(luminance)
     if (box.left, box.top, box.right, box.bottom) != (0, 0, film.width, film.height):
-        film = film.crop((box.left, box.top, box.right, box.bottom))
+        film = _narrowed(film, box, spec.size)
     resized = film.resize((spec.size, spec.size), Image.Resampling.BILINEAR)
     return NetworkInput(np.asarray(resized), box)
+
+
+_STRIP = 256  # rows
+
+
+def _narrowed(film: Image.Image, box: Box, width: int) -> Image.Image:
+    """Return ``box`` of a film at its own height, and ``width`` wide.
+
+    That is the first half of what Pillow's ``resize`` does. A strip at a time, because the square
+    around a long film can be many times the film, and more than Pillow crops.
+    """
+    narrow = Image.new("L", (width, box.bottom - box.top))
+    last = min(box.bottom, film.height)
+    for top in range(max(box.top, 0), last, _STRIP):
+        bottom = min(top + _STRIP, last)
+        strip = film.crop((box.left, top, box.right, bottom))
+        strip = strip.resize((width, bottom - top), Image.Resampling.BILINEAR)
+        narrow.paste(strip, (0, top - box.top))
+    return narrow
 
 
 def _region(luminance: Luminance, spec: Preprocessing) -> Box:

@@ -12,7 +12,15 @@ from PIL import Image, ImageFile
 
 from mura_batch.dicom_pixels import read_dicom
 from mura_batch.errors import UnreadableImage
-from mura_batch.greyscale import eight_bits, grey_of_colour, stretched
+from mura_batch.greyscale import (
+    check_colour,
+    counted,
+    eight_bits,
+    gathered,
+    grey_of_colour,
+    stretched,
+    strips,
+)
 from mura_batch.preprocessing import Luminance
 from mura_batch.untrusted import DECODER_ERRORS, check_size, hush, opened, size_of, sniff
 
@@ -27,8 +35,8 @@ def read_luminance(path: Path, frame: int = 0) -> Luminance:
 
     Raises:
         UnreadableImage: with the code ``empty``, ``not_an_image``, ``truncated``, ``corrupt``,
-            ``too_large``, ``colour``, ``unreadable``, ``not_a_file``, or of DICOM ``no_pixels``,
-            ``transfer_syntax``, ``unsupported_pixels`` or ``too_deep``.
+            ``too_large``, ``shape``, ``colour``, ``unreadable``, ``not_a_file``, or of DICOM
+            ``no_pixels``, ``transfer_syntax``, ``unsupported_pixels`` or ``too_deep``.
         Transient: the file system or the memory failed, not the file.
     """
     with opened(path) as stream:
@@ -59,7 +67,7 @@ def _read_raster(stream: BinaryIO) -> Luminance:
     content = stream.read()  # before decoding, so that a lost share is no broken image
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as film:
-            check_size(film.width, film.height, size)
+            check_size(film.width, film.height, size, pixel_bytes=_pixel_bytes(film))
             return np.ascontiguousarray(_upright(_grey(film, content), _orientation(film)))
     except Image.DecompressionBombError as exc:
         raise UnreadableImage(
@@ -73,6 +81,15 @@ def _read_raster(stream: BinaryIO) -> Luminance:
                 "truncated", "the image is cut off: copy or export it again"
             ) from exc
         raise UnreadableImage("corrupt", "the image is damaged: copy or export it again") from exc
+
+
+def _pixel_bytes(film: ImageFile.ImageFile) -> int:
+    """Return the bytes that a pixel takes unpacked; Pillow gives 8-bit colour a fourth one."""
+    raw = _raw_mode(film)
+    if ";16" in raw:
+        clear = film.has_transparency_data and raw not in _BYTE_MODES
+        return 2 * (len(raw.partition(";")[0]) + clear)
+    return 1 if film.mode in {"L", "1"} and not film.has_transparency_data else 4
 
 
 def _grey(film: ImageFile.ImageFile, content: bytes) -> Luminance:
@@ -111,25 +128,30 @@ _BYTE_MODES = {
 def _channels_of_16_bits(film: Image.Image, content: bytes, raw: str) -> NDArray[np.uint16]:
     """Return the samples (H, W, C) of a 16-bit PNG, all their bits kept."""
     if raw not in _BYTE_MODES:
-        grey = np.asarray(film).astype(np.uint16)
+        grey = np.asarray(film).astype(np.uint16, copy=False)
         clear = film.info.get("transparency")
         if isinstance(clear, int):
             return np.stack([grey, np.where(grey == clear, 0, 0xFFFF).astype(np.uint16)], -1)
         return grey[..., np.newaxis]
-    parts = []
-    for mode in _BYTE_MODES[raw]:
+    samples = np.empty((film.height, film.width, len(raw.partition(";")[0])), "<u2")
+    octets = samples[..., np.newaxis].view(np.uint8)[..., ::-1]  # of a sample the high one first
+    modes = _BYTE_MODES[raw]
+    for place, mode in enumerate(modes):
+        into = octets[..., place :: len(modes)]
         with Image.open(io.BytesIO(content), formats=("PNG",)) as again:
             again.tile = [tile._replace(args=_with_mode(tile.args, mode)) for tile in again.tile]
-            parts.append(np.asarray(again).astype(np.uint16))
-    high, low = parts if len(parts) > 1 else (parts[0][..., 0::2], parts[0][..., 1::2])
-    return np.asarray(high * 256 + low, np.uint16)
+            for rows in strips(film.height):
+                top, bottom, _ = rows.indices(film.height)
+                part = np.asarray(again.crop((0, top, film.width, bottom)))
+                into[rows] = part.reshape(into[rows].shape)
+    return samples.astype(np.uint16, copy=False)
 
 
 def _with_mode(arguments: Any, mode: str) -> Any:
     return (mode, *arguments[1:]) if isinstance(arguments, tuple) else mode
 
 
-_WEIGHTS = np.array([19595, 38470, 7471], np.uint64)  # ITU-R BT.601 in 1/65536, as Pillow has them
+_WEIGHTS = np.array([19595, 38470, 7471], np.uint32)  # ITU-R BT.601 in 1/65536, as Pillow has them
 
 
 def _grey_of_16_bits(channels: NDArray[np.uint16]) -> Luminance:
@@ -141,15 +163,17 @@ def _grey_of_16_bits(channels: NDArray[np.uint16]) -> Luminance:
     colours = channels[..., : 1 if count < 3 else 3]  # noqa: PLR2004 - RGB
     deep = colours[..., 0]
     if colours.shape[-1] > 1:
-        deep = ((colours @ _WEIGHTS + 0x8000) >> 16).astype(np.uint16)
-    counted = deep if opacity is None else deep[opacity > 0]
-    counts = np.bincount(counted.ravel(), minlength=1 << 16)
+        deep = np.empty(colours.shape[:2], np.uint16)
+        for rows in strips(len(deep)):
+            deep[rows] = (colours[rows] @ _WEIGHTS + 0x8000) >> 16
+    counts = counted(deep if opacity is None else deep[opacity > 0], 1 << 16)
     table = eight_bits(stretched(np.arange(1 << 16, dtype=np.float64), counts, (0.0, 65535.0)))
     if colours.shape[-1] > 1:
-        grey_of_colour(Image.fromarray(table[colours]))  # refused where it is a photograph
-    luminance = table[deep]
+        check_colour(Image.fromarray(gathered(table, colours)))
+    luminance = gathered(table, deep)
     if opacity is not None:  # on black
-        luminance = np.rint(luminance * (opacity / 65535.0)).astype(np.uint8)
+        for rows in strips(len(deep)):
+            luminance[rows] = np.rint(luminance[rows] * (opacity[rows] / 65535.0))
     return luminance
 
 

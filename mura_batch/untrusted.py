@@ -23,8 +23,14 @@ MAX_PIXELS = 200_000_000
 """One image of more is refused; the largest films (long legs, 50 µm scans) have a third of it.
 Pillow's own limit for PNG and JPEG, 178,956,970, is a little lower: the same code."""
 
+MAX_BYTES = 2 * MAX_PIXELS
+"""One image whose samples take more is refused: 16-bit grey may be as large as any film, 16-bit
+colour has 66 megapixels. Reading an image takes a few times its samples."""
+
 _USUAL_PIXELS = 50_000_000
 _PIXELS_A_BYTE = 500  # no film larger than that compresses further: such a file is a bomb
+_LONGEST = 20  # times as long as wide: stitched spines and legs have a fifth of it
+_MOST_UNPACKED = 1 << 34  # bytes: some twenty seconds for the frames of one deflated file
 
 DECODER_ERRORS = (
     ArithmeticError,
@@ -111,22 +117,40 @@ def _starts_like_a_dataset(head: bytes) -> bool:
     return False
 
 
-def check_size(width: int, height: int, payload: int) -> None:
+def check_size(width: int, height: int, payload: int, *, pixel_bytes: int, frames: int = 1) -> None:
     """Judge the size that a header claims against the ``payload`` bytes that are there.
+
+    ``pixel_bytes`` are those of all samples of a pixel, unpacked. ``frames`` are those of one
+    compressed stream, where each is reached by unpacking the ones before it.
 
     Raises:
         UnreadableImage: ``corrupt`` for no pixels at all; ``too_large`` above
-            :data:`MAX_PIXELS`, or when a film of more than 50 megapixels would have to come
-            out of fewer than one byte for 500 pixels.
+            :data:`MAX_PIXELS` or :data:`MAX_BYTES`, when more than 50 megapixels would have to
+            come out of fewer than one byte for 500 pixels, or when all frames, each unpacked
+            with as many as there are, take more than 16 GiB; ``shape`` for an image more than
+            20 times as long as wide.
     """
-    pixels = width * height
     if width < 1 or height < 1:
         raise UnreadableImage("corrupt", "the header claims an image without pixels: export again")
-    if pixels > MAX_PIXELS or (pixels > _USUAL_PIXELS and pixels > payload * _PIXELS_A_BYTE):
+    film = width * height
+    pixels = film * frames
+    if (
+        film > MAX_PIXELS
+        or film * pixel_bytes > MAX_BYTES
+        or (pixels > _USUAL_PIXELS and pixels > payload * _PIXELS_A_BYTE)
+        or pixels * pixel_bytes * frames > _MOST_UNPACKED
+    ):
+        times = f"{frames} x " if frames > 1 else ""
         raise UnreadableImage(
             "too_large",
-            f"the header claims {width} x {height} pixels, more than any radiograph of this"
+            f"the header claims {times}{width} x {height} pixels, more than any radiograph of this"
             " file's size has: export the image again",
+        )
+    if max(width, height) > _LONGEST * min(width, height):
+        raise UnreadableImage(
+            "shape",
+            f"the header claims {width} x {height} pixels, and no radiograph is that narrow:"
+            " export the image again",
         )
 
 
@@ -140,8 +164,8 @@ def hush() -> None:
     """Keep the codecs' warnings out of standard error and logs: they quote header values.
 
     Called before each read instead of a ``catch_warnings`` block, which is not safe in threads:
-    it sets one process-wide filter for those modules where it is not set.
+    it sets one process-wide filter for those modules, ahead of any set since.
     """
-    if not any(getattr(entry[3], "pattern", "") == _TALKATIVE for entry in warnings.filters):
+    if getattr(next(iter(warnings.filters), (None,) * 4)[3], "pattern", "") != _TALKATIVE:
         warnings.filterwarnings("ignore", module=_TALKATIVE)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)

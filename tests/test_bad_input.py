@@ -32,6 +32,7 @@ from mura_batch.study import SourceFile, peek, read_study
 DATA = Path(__file__).parent / "data"
 SAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
 FILM = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+NOISE = zlib.compress(np.random.default_rng(5).bytes(400_000))
 EXPLICIT = "1.2.840.10008.1.2.1"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 JPEG_2000 = "1.2.840.10008.1.2.4.90"
@@ -39,8 +40,10 @@ JPEG_LS = "1.2.840.10008.1.2.4.80"
 RLE = "1.2.840.10008.1.2.5"
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8) -> bytes:
-    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+def png(
+    width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8, colour: int = 0
+) -> bytes:
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in (header, *chunks, (b"IEND", b""))
@@ -87,9 +90,9 @@ def nested(depth: int) -> bytes:
     return b"\0" * 128 + b"DICM" + meta + start * depth
 
 
-def deflate_bomb(folder: Path) -> bytes:
-    """A header that claims more than a deflate stream of a gigabyte of zeros holds."""
-    content = renamed_size(dicom(folder, NumberOfFrames=16), 8000, 6000)
+def deflate_bomb(folder: Path, frames: int = 1, rows: int = 8000, columns: int = 6000) -> bytes:
+    """A header that claims more than a deflate stream of 64 MiB of zeros holds."""
+    content = renamed_size(dicom(folder, NumberOfFrames=frames), rows, columns)
     start = content.index(b"\x08\x00\x16\x00UI")
     meta = with_syntax(content[:start], EXPLICIT, DEFLATED)
     length = content.index(b"\xe0\x7f\x10\x00OW") + 8
@@ -172,6 +175,24 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
         "too_large",
         lambda _: png(13000, 13000, (b"IDAT", zlib.compress(b"\0" * 13001 * 130, 9))),
     ),
+    "png of more samples than any film": (
+        "too_large",
+        lambda _: png(13300, 13300, (b"IDAT", NOISE), depth=16, colour=6),
+    ),
+    "png whose palette takes more than any film": (
+        "too_large",
+        lambda _: png(13300, 13300, (b"PLTE", bytes(3)), (b"IDAT", NOISE), colour=3),
+    ),
+    "png of one line": (
+        "shape",
+        lambda _: png(100_000, 1, (b"IDAT", zlib.compress(bytes(100_001)))),
+    ),
+    "png of one column": (
+        "shape",
+        lambda _: png(1, 100_000, (b"IDAT", zlib.compress(bytes(200_000)))),
+    ),
+    "jpeg of a few lines": ("shape", lambda _: jpeg_claiming(60000, 8)),
+    "dicom of one line": ("shape", lambda folder: renamed_size(dicom(folder), 1, 4096)),
     "png without pixels": ("corrupt", lambda _: png(0, 64)),
     "png text bomb": (
         "corrupt",
@@ -232,6 +253,24 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "items without end": ("corrupt", lambda _: items_without_end()),
     "damaged deflate": ("corrupt", damaged_deflate),
     "deflate bomb": ("truncated", deflate_bomb),
+    "deflated frames out of next to nothing": (
+        "too_large",
+        lambda folder: deflate_bomb(folder, 1000, 1000, 1000),
+    ),
+    "deflated frames without end": (
+        "too_large",
+        lambda folder: deflate_bomb(folder, 1000, 1000, 1000) + NOISE * 6,
+    ),
+    "deflated frames, tiny and without end": (
+        "too_large",
+        lambda folder: deflate_bomb(folder, 100_000, 100, 100) + NOISE * 6,
+    ),
+    "words of 32 bits by the million": (
+        "too_large",
+        lambda folder: renamed_size(
+            made_dicom.write(folder / "made", FILM.astype(np.uint32)).read_bytes(), 6000, 6000
+        ),
+    ),
     "floating point pixels": (
         "unsupported_pixels",
         lambda folder: dicom(folder).replace(b"\xe0\x7f\x10\x00OW", b"\xe0\x7f\x08\x00OF"),
@@ -307,6 +346,26 @@ def test_hostile_files_take_little_memory(tmp_path):
     )
     assert int(done.stdout) < 300
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "pixel_bytes"),
+    [
+        (10_000, 10_000, 2),
+        (14_000, 14_000, 2),
+        (8_600, 7_100, 6),  # 14 x 17 inches at 50 µm in 16-bit colour
+        (7_100, 18_300, 3),  # 14 x 36 inches
+        (2_000, 40_000, 1),
+    ],
+)
+def test_the_largest_films_are_within_the_limits(width, height, pixel_bytes):
+    payload = width * height * pixel_bytes // 200
+    untrusted.check_size(width, height, payload, pixel_bytes=pixel_bytes)
+    untrusted.check_size(height, width, payload, pixel_bytes=pixel_bytes)
+
+
+def test_honest_deflated_frames_are_within_the_limits():
+    untrusted.check_size(3000, 2500, 100_000_000, pixel_bytes=2, frames=30)
 
 
 @contextmanager

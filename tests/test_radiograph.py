@@ -5,7 +5,10 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import made_dicom
@@ -88,7 +91,7 @@ def test_exif_orientation_turns_as_pillow_does(tmp_path, orientation):
 
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "RGB", "RGBA", "1"])
 def test_grey_is_kept_in_every_png_mode(tmp_path, mode):
-    grey = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (8, 1)))
+    grey = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (16, 1)))
     if mode == "1":
         grey = grey.convert("1")
     grey.convert(mode).save(tmp_path / "film.png")
@@ -134,6 +137,44 @@ def test_sixteen_bits_that_use_a_tenth_of_the_range_keep_their_contrast(
     assert (film.min(), film.max()) == (0, 255)
     assert np.unique(film).size == 256  # the low bytes count, in colour channels too
     assert (np.diff(film.ravel().astype(int)) >= 0).all()
+
+
+@contextmanager
+def memory_of(samples: np.ndarray) -> Iterator[None]:
+    """Fail where arrays take more than four times the samples, and some steps' own, at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 4 * samples.nbytes + (20 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (4, 2), (2, 3), (6, 4)])
+def test_sixteen_bits_take_a_few_times_their_own_memory(tmp_path, colour_type, channels):
+    samples = np.full((3000, 4000, channels), 30000, np.uint16)
+    samples[:1000] = 29000
+    (tmp_path / "film.png").write_bytes(png_of(samples, colour_type))
+    with memory_of(samples):
+        assert read_luminance(tmp_path / "film.png").shape == (3000, 4000)
+
+
+def test_sixteen_bits_of_dicom_take_a_few_times_their_own_memory(tmp_path):
+    samples = np.full((3000, 4000), 30000, np.uint16)
+    made_dicom.write(tmp_path / "film.dcm", samples)
+    with memory_of(samples):
+        assert read_luminance(tmp_path / "film.dcm").shape == (3000, 4000)
+
+
+def test_sixteen_bit_colours_are_weighted_before_they_lose_bits(tmp_path):
+    grey = np.linspace(0, 65000, 600 * 32).astype(np.uint16).reshape(600, 32, 1)
+    samples = grey + np.random.default_rng(6).integers(0, 500, (600, 32, 3), np.uint16)
+    samples[0, :2] = [[0] * 3, [65535] * 3]
+    (tmp_path / "film.png").write_bytes(png_of(samples, 2))
+    weighted = (samples.astype(np.int64) @ [19595, 38470, 7471] + 0x8000) >> 16
+    Image.fromarray(weighted.astype(np.uint16)).save(tmp_path / "grey.png")
+    expected = read_luminance(tmp_path / "grey.png")
+    assert np.array_equal(read_luminance(tmp_path / "film.png"), expected)
 
 
 def test_a_bright_marker_does_not_take_the_contrast(tmp_path):
@@ -191,6 +232,30 @@ def test_the_default_preprocessing_is_torchvisions_resize_on_a_film():
     luminance = read_luminance(HERE / "data" / "hand_grey.jpg")
     expected = np.asarray(Resize((224, 224))(Image.fromarray(luminance)))
     assert np.array_equal(prepare(luminance, Preprocessing()).pixels, expected)
+
+
+@SETTINGS
+@given(
+    arrays.arrays(np.uint8, st.tuples(st.integers(1, 600), st.integers(1, 90))),
+    st.booleans(),
+    st.sampled_from(["none", "foreground"]),
+)
+def test_padding_is_a_resize_of_the_black_square_around_the_region(luminance, turned, crop):
+    luminance = np.ascontiguousarray(luminance.T) if turned else luminance
+    made = prepare(luminance, Preprocessing(size=64, crop=crop, fit="pad"))
+    box = (made.box.left, made.box.top, made.box.right, made.box.bottom)
+    square = Image.fromarray(luminance).crop(box)
+    assert square.width == square.height
+    expected = np.asarray(square.resize((64, 64), Image.Resampling.BILINEAR))
+    assert np.array_equal(made.pixels, expected)
+
+
+@pytest.mark.parametrize("shape", [(20_000, 1_500), (1_500, 20_000)])
+def test_the_square_around_a_long_film_may_be_more_than_pillow_crops(shape):
+    film = prepare(np.full(shape, 200, np.uint8), Preprocessing(fit="pad")).pixels
+    assert film.shape == (224, 224)
+    assert film[112, 112] == 200
+    assert film[0, 0] == 0
 
 
 # Grey values of DICOM
@@ -279,7 +344,7 @@ def test_without_a_window_a_robust_range_is_shown(tmp_path):
 
 
 def test_eight_bits_without_a_window_are_shown_as_they_are(tmp_path):
-    pixels = np.tile(np.arange(256, dtype=np.uint8), (8, 1))
+    pixels = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
     assert np.array_equal(read_luminance(made_dicom.write(tmp_path / "film.dcm", pixels)), pixels)
 
 
@@ -348,7 +413,7 @@ def test_a_modality_lut_comes_before_the_window(tmp_path):
     curve = np.arange(256, dtype=np.uint16)[::-1] * 10
     path = made_dicom.write(
         tmp_path / "film.dcm",
-        np.tile(np.arange(256, dtype=np.uint8), (4, 1)),
+        np.tile(np.arange(256, dtype=np.uint8), (16, 1)),
         ModalityLUTSequence=lut(0, curve, 16),
         WindowCenter=1000,
         WindowWidth=500,
@@ -543,6 +608,35 @@ def test_nothing_of_a_header_reaches_standard_error(tmp_path):
     )
     assert "CR" not in done.stderr
     assert "pydicom" not in done.stderr
+
+
+def test_an_unknown_character_set_says_nothing_on_standard_error(tmp_path):
+    path = made_dicom.write(tmp_path / "film.dcm", ramp(1024), StudyDescription="HANDLINKS")
+    charset = b"\x08\0\x05\0CS\x0a\0ISO_IR 999"
+    content = path.read_bytes().replace(b"HANDLINKS", b"S\xe9CR\xe9T^na")
+    at = content.index(b"\x08\0\x16\0UI")  # the first element of the data set
+    path.write_bytes(content[:at] + charset + content[at:])
+    script = (
+        "import sys, warnings\n"
+        "from pathlib import Path\n"
+        "from mura_batch.radiograph import read_luminance\n"
+        "from mura_batch.study import SourceFile, peek, read_study\n"
+        "path = Path(sys.argv[1])\n"
+        "for action in ('default', 'always'):\n"
+        "    peek(path)\n"
+        "    read_study([SourceFile(path, 'x', 'a', 1)])\n"
+        "    read_luminance(path)\n"
+        "    warnings.simplefilter(action)  # as a library does that is imported later\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=HERE.parent,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+    )
+    assert done.stderr == ""
 
 
 def test_threads_read_the_same(tmp_path):
