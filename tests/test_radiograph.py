@@ -236,7 +236,7 @@ def test_the_default_preprocessing_is_torchvisions_resize_on_a_film():
 
 @SETTINGS
 @given(
-    arrays.arrays(np.uint8, st.tuples(st.integers(1, 600), st.integers(1, 90))),
+    arrays.arrays(np.uint8, st.tuples(st.integers(1, 2200), st.integers(1, 40))),
     st.booleans(),
     st.sampled_from(["none", "foreground"]),
 )
