@@ -97,7 +97,7 @@ class Daemon:
             pipeline = stack.enter_context(Pipeline(settings, store, custody, weights, scorer))
             self._wakeup = stack.enter_context(Wakeup(settings))
             log.info("watching", extra={"mode": self._wakeup.mode})
-            _catch_up(store, custody, pipeline)
+            _catch_up(settings, store, custody, pipeline)
             inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
             feeder = threading.Thread(
                 target=self._feed, args=(store, weights, pipeline), name="feeder", daemon=True
@@ -192,8 +192,10 @@ class Daemon:
                 if time.monotonic() >= look_again:
                     active = _noticed(active, store, weights)
                     look_again = time.monotonic() + _LEDGER_SECONDS
-                taken = store.take(_TAKE, datetime.now(UTC))
+                taken = store.take(_TAKE, datetime.now(UTC), idle=pipeline.idle)
                 pipeline.feed(taken)
+                if len(taken) == 1 and taken[0].attempts:
+                    pipeline.drain()  # it may have been under way in a process that was killed
             except Transient as exc:
                 log.warning("the ledger could not be asked", extra={"why": str(exc)})
                 taken = []
@@ -204,9 +206,10 @@ class Daemon:
 _ENDED = (State.DONE, State.QUARANTINED)
 
 
-def _catch_up(store: Store, custody: Custody, pipeline: Pipeline) -> None:
+def _catch_up(settings: Settings, store: Store, custody: Custody, pipeline: Pipeline) -> None:
     """Finish what an earlier run left between two steps."""
-    store.recover()
+    if number := store.recover(settings.attempts):
+        log.warning("studies were cut off and are tried again", extra={"studies": number})
     pipeline.receive(custody.pending())
     pipeline.settle_custody(store.unsettled_custody())
 

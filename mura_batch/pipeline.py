@@ -202,6 +202,12 @@ class Pipeline:
                 _step("taken", study=stored.id)
                 self._bounded(stored, partial(self._start, stored))
 
+    @property
+    def idle(self) -> bool:
+        """Whether no study is in flight."""
+        with self._idle:
+            return self._in_flight == 0
+
     def drain(self) -> None:
         """Wait until every study that was fed is finished."""
         with self._idle:

@@ -10,6 +10,8 @@ _ADVICE = {
     "unreadable": "give the daemon's user the right to read the file and drop it again",
     "deleted": 'the source was deleted after its first result (archive = "delete"): drop the'
     " whole study again",
+    "interrupted": "look at its files and at the machine's memory; `mura-batch rerun STUDY` tries"
+    " again",
     "defect": "report it with the log; `mura-batch rerun STUDY` tries again",
 }
 
