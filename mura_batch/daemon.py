@@ -92,7 +92,7 @@ class Daemon:
             stack.enter_context(_alone(settings))
             store = stack.enter_context(Store.open(settings.database_url))
             weights = WeightsStore(settings.weights_dir)
-            custody = Custody(settings)
+            custody = Custody(settings, go_on=self._go_on)
             scorer = stack.enter_context(warm_scorer(settings, weights))
             pipeline = stack.enter_context(Pipeline(settings, store, custody, weights, scorer))
             self._wakeup = stack.enter_context(Wakeup(settings))
@@ -133,6 +133,11 @@ class Daemon:
                 pause = min(pause, self._settings.settle_seconds / 2)
             if self._wakeup is not None:
                 self._wakeup.wait(min(pause, _LONGEST_WAIT))
+
+    def _go_on(self) -> bool:
+        """Tell the service manager that work goes on; return whether it should."""
+        self._notify(ALIVE)
+        return not self._stopping.is_set()
 
     def _say(self, inbox: Inbox) -> None:
         """Leave word for ``mura-batch status``, every few seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -343,3 +344,18 @@ def test_two_contents_of_one_sop_instance_uid_are_both_scored_and_told(site: Set
     assert (row.state, row.views, row.views_failed) == ("done", 2, 0)
     assert row.reason.startswith("identifier_conflict: ")
     assert rows(site, reason="identifier_conflict") == [row]
+
+
+def test_a_file_larger_than_any_film_is_refused_unread(site: Settings) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    (site.inbox_dir / "wrist.png").touch()
+    os.truncate(site.inbox_dir / "wrist.png", 9 << 30)
+    started = time.monotonic()
+    assert sorted(row.state for row in run(site)) == ["done", "quarantined"]
+    assert time.monotonic() - started < 10
+    (reason,) = site.quarantine.rglob("reason.json")
+    assert json.loads(reason.read_text())["code"] == "too_large"
+    (refused,) = rows(site, state="quarantined")
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(studies=(refused.study,)))
+    assert sorted(row.state for row in run(site)) == ["done", "quarantined"]
