@@ -233,6 +233,11 @@ class Custody:
                 self._cut_off.append(folder)
         return claims
 
+    @property
+    def held_up(self) -> int:
+        """How many claims :meth:`cut_off` waits for."""
+        return len(self._cut_off)
+
     def pending(self) -> list[Claim]:
         """Return every claim in work, oldest first; finishes what a crash cut off.
 

@@ -47,15 +47,22 @@ Notify = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to: rows that ended in each state, and what still waits."""
+    """What a run came to: rows that ended in each state, and what still waits.
+
+    Attributes:
+        untaken: studies that are complete and could not be claimed.
+        blocked: folders of the inbox that could not be looked into.
+    """
 
     finished: Counter[State]
     waiting: int
+    untaken: int
+    blocked: int
 
     @property
     def needs_attention(self) -> bool:
-        """Whether any study was not done: quarantined, failed or waiting."""
-        return self.waiting > 0 or any(
+        """Whether any study was not done: quarantined, failed, waiting or not even claimed."""
+        return self.waiting + self.untaken + self.blocked > 0 or any(
             count for state, count in self.finished.items() if state is not State.DONE
         )
 
@@ -74,6 +81,7 @@ class Daemon:
         self._wakeup: Wakeup | None = None
         self._next_word = 0.0
         self._unrecorded: list[Claim] = []
+        self._untaken = 0
 
     def stop(self) -> None:
         """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
@@ -85,11 +93,14 @@ class Daemon:
         """Work until :meth:`stop`; with ``once``, until nothing in the inbox can move.
 
         Raises:
-            Misconfigured: the home is not usable, or another daemon works in it.
+            Misconfigured: the home is not usable, or another daemon works in it; with ``once``,
+                there is no inbox (else it may yet be mounted).
         """
         settings = self._settings
         with ExitStack() as stack:
             stack.enter_context(_alone(settings))
+            if once:
+                _check_inbox(settings)
             store = stack.enter_context(Store.open(settings.database_url))
             weights = WeightsStore(settings.weights_dir)
             custody = Custody(settings, go_on=self._go_on)
@@ -112,7 +123,8 @@ class Daemon:
                 pipeline.drain()
             rows = store.counts(datetime.now(UTC)).states
             waiting = sum(count for state, count in rows.items() if state not in _ENDED)
-            return Summary(pipeline.finished, waiting + inbox.refused)
+            untaken = self._untaken + inbox.refused
+            return Summary(pipeline.finished, waiting, untaken, inbox.blocked)
 
     def _watch(
         self, inbox: Inbox, store: Store, custody: Custody, pipeline: Pipeline, *, once: bool
@@ -158,6 +170,7 @@ class Daemon:
     def _scan(self, inbox: Inbox, custody: Custody, pipeline: Pipeline) -> int:
         """Claim what is complete and record it; return how many claims were recorded."""
         self._unrecorded += custody.cut_off()
+        self._untaken = custody.held_up
         recorded = self._record(pipeline)
         for candidate in inbox.scan():
             if self._stopping.is_set():
@@ -166,6 +179,7 @@ class Daemon:
                 claim = custody.claim(candidate)
             except Transient as exc:
                 log.warning("could not be claimed, will be tried again", extra={"why": str(exc)})
+                self._untaken += 1
             else:
                 if claim is not None:
                     self._unrecorded.append(claim)
@@ -232,6 +246,16 @@ def _noticed(active: dict[Area, str], store: Store, weights: WeightsStore) -> di
     if changed := [area for area, digest in now.items() if active.get(area) != digest]:
         store.requeue_no_weights(changed)
     return now
+
+
+def _check_inbox(settings: Settings) -> None:
+    try:
+        os.scandir(settings.inbox_dir).close()
+    except OSError as exc:
+        raise Misconfigured(
+            f"inbox {settings.inbox_dir}: {exc.strerror}; set `inbox` to the folder that receives"
+            " the studies, or make it with `mura-batch init`"
+        ) from exc
 
 
 @contextmanager

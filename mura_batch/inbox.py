@@ -49,8 +49,8 @@ from mura_batch.study import Kind, Peek, peek
 log = logging.getLogger(__name__)
 
 BLOCKED = (
-    "folders of the inbox cannot be looked into: check that they are there and may be read, and"
-    " lie no more than 64 deep"
+    "part of the inbox cannot be looked into: check that its folders are there and may be read,"
+    " and lie no more than 64 deep"
 )
 _Key = tuple[Kind, str]
 _NEWS = frozenset({"created", "modified", "moved", "closed"})

@@ -289,3 +289,23 @@ def test_only_one_daemon_works_in_a_home(tmp_path: Path) -> None:
     finally:
         daemon.terminate()
         assert daemon.wait(60) == 0
+
+
+@pytest.mark.parametrize("inbox", ["missing", "file"])
+def test_once_without_an_inbox_is_misconfigured(tmp_path: Path, inbox: str) -> None:
+    (tmp_path / "file").touch()
+    home = make_home(tmp_path / "home", inbox=str(tmp_path / inbox))
+    told = home.command("watch", "--once")
+    assert (told.returncode, "set `inbox`" in told.stderr) == (4, True), told.stderr
+
+
+def test_once_says_what_it_could_not_take(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    film(home.inbox / "hand.png", 1)
+    film(home.inbox / "/".join(["d"] * 65) / "elbow.png", 2)
+    (home.path / "work").rmdir()
+    (home.path / "work").touch()
+    told = home.command("watch", "--once")
+    assert told.returncode == 3, told.stderr
+    assert "1 could not be taken: check the permissions" in told.stderr
+    assert "part of the inbox cannot be looked into: check" in told.stderr

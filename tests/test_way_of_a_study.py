@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 from site_home import SAMPLES, film, make_home
 
-from mura_batch import pipeline
+from mura_batch import custody, moves, pipeline
 from mura_batch.area import Area
 from mura_batch.config import Settings
 from mura_batch.daemon import Daemon
@@ -359,3 +360,40 @@ def test_a_file_larger_than_any_film_is_refused_unread(site: Settings) -> None:
     with Store.open(site.database_url) as store:
         store.rerun(Rerun(studies=(refused.study,)))
     assert sorted(row.state for row in run(site)) == ["done", "quarantined"]
+
+
+def test_what_could_not_be_taken_needs_attention(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    really = os.rename
+
+    def refuse(source: object, target: object) -> None:
+        if "inbox" in os.fspath(source):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        really(source, target)
+
+    with monkeypatch.context() as fault:
+        fault.setattr(os, "rename", refuse)
+        summary = Daemon(site).run(once=True)
+        assert (summary.untaken, summary.waiting, summary.needs_attention) == (1, 0, True)
+    assert not Daemon(site).run(once=True).needs_attention
+    assert [row.state for row in rows(site)] == ["done"]
+
+
+def test_what_was_taken_and_cannot_be_read_needs_attention(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    film(site.inbox_dir / "elbow.png", 2)
+
+    def failing(path: Path, name: str, status: os.stat_result) -> tuple[str, str]:
+        if name == "hand.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return moves.digest(path, name, status)
+
+    with monkeypatch.context() as fault:
+        fault.setattr(custody, "digest", failing)
+        summary = Daemon(site).run(once=True)
+    assert (summary.untaken, summary.finished) == (1, {"done": 1})
+    assert Daemon(site).run(once=True).finished == {"done": 1}
