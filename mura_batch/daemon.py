@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -95,6 +96,7 @@ class Daemon:
         Raises:
             Misconfigured: the home is not usable, or another daemon works in it; with ``once``,
                 there is no inbox (else it may yet be mounted).
+            Exception: what the database raised that no second try would mend.
         """
         settings = self._settings
         with ExitStack() as stack:
@@ -110,17 +112,17 @@ class Daemon:
             log.info("watching", extra={"mode": self._wakeup.mode})
             _catch_up(settings, store, custody, pipeline)
             inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
-            feeder = threading.Thread(
-                target=self._feed, args=(store, weights, pipeline), name="feeder", daemon=True
-            )
-            feeder.start()
+            feeder = stack.enter_context(ThreadPoolExecutor(1, "feeder"))
+            feeding = feeder.submit(self._feed, store, weights, pipeline)
+            feeding.add_done_callback(lambda _: self.stop())
             try:
                 self._watch(inbox, store, custody, pipeline, once=once)
             finally:
                 self._stopping.set()
                 self._notify(STOPPING)
-                feeder.join()
+                wait([feeding])
                 pipeline.drain()
+            feeding.result()
             rows = store.counts(datetime.now(UTC)).states
             waiting = sum(count for state, count in rows.items() if state not in _ENDED)
             untaken = self._untaken + inbox.refused

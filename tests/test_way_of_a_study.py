@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from site_home import SAMPLES, film, make_home
+from sqlalchemy.exc import DatabaseError
 
 from mura_batch import custody, moves, pipeline
 from mura_batch.area import Area
@@ -275,6 +278,21 @@ def test_what_others_can_write_is_scored_as_it_was_claimed_or_not_at_all(
     film(again.inbox_dir / "hand.png", 2)
     assert run(again)[0].digest == done.digest
     assert images(again)[0].logit == view.logit
+
+
+def test_what_ends_the_feeder_ends_the_daemon(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object, **__: object) -> None:
+        raise DatabaseError("select", {}, sqlite3.DatabaseError("database disk image is malformed"))
+
+    monkeypatch.setattr(Store, "take", damaged)
+    daemon = Daemon(site)
+    patience = threading.Timer(20, daemon.stop)
+    patience.start()
+    with pytest.raises(DatabaseError, match="malformed"):
+        daemon.run()
+    patience.cancel()
 
 
 def test_a_claimed_accession_is_that_of_the_first_dicom_file(site: Settings) -> None:
