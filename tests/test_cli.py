@@ -309,3 +309,15 @@ def test_once_says_what_it_could_not_take(tmp_path: Path) -> None:
     assert told.returncode == 3, told.stderr
     assert "1 could not be taken: check the permissions" in told.stderr
     assert "part of the inbox cannot be looked into: check" in told.stderr
+
+
+@pytest.mark.parametrize("films", [0, 1])
+def test_a_device_that_is_not_there_stops_the_daemon_before_it_takes_anything(
+    tmp_path: Path, films: int
+) -> None:
+    home = make_home(tmp_path / "home", device="foo")
+    for mark in range(films):
+        film(home.inbox / "hand.png", mark)
+    told = home.command("watch", "--once")
+    assert (told.returncode, "device 'foo'" in told.stderr) == (4, True), told.stderr
+    assert len(list(home.inbox.iterdir())) == films
