@@ -296,8 +296,9 @@ class Store(Results):
         """Queue studies to be scored again and return their ids.
 
         ``set_area`` is a person's word: it counts for the undecided views where the study waits
-        for an area, else for all of its views, and for images that come later. Studies whose
-        files were deleted after scoring are passed over when a filter chose them.
+        for an area, else for all of its views, and for images that come later. Studies of which
+        files were deleted after scoring are passed over when a filter chose them, unless a part
+        of them has not ended.
 
         Raises:
             Misconfigured: nothing was chosen, an id is unknown or ambiguous, or the files of a
@@ -665,12 +666,22 @@ def _chosen(connection: Connection, which: Rerun, named: list[str]) -> list[str]
 
 
 def _with_files(connection: Connection, ids: Sequence[str]) -> list[str]:
-    """Return those of the studies that still have a file."""
+    """Return those of the studies that still have their files, or a part that has none scored.
+
+    A settled study of which a scored file is deleted would only lose its result.
+    """
     present: set[str] = set()
+    lost: set[str] = set()
+    open_states = (State.QUEUED, State.FAILED, *_WAITING)
     for some in chunks(ids):
-        kept = select(files.c.study_id).where(files.c.study_id.in_(some))
-        present.update(connection.execute(kept.where(files.c.place.not_in(_GONE))).scalars())
-    return [study for study in ids if study in present]
+        of = select(files.c.study_id).where(files.c.study_id.in_(some))
+        present.update(connection.execute(of.where(files.c.place.not_in(_GONE))).scalars())
+        ends = select(readings.c.id).where(
+            readings.c.study_id == files.c.study_id, readings.c.state.in_(open_states)
+        )
+        settled = of.where(files.c.place == Place.DELETED, ~ends.exists())
+        lost.update(connection.execute(settled).scalars())
+    return [study for study in ids if study in present - lost]
 
 
 def _set_area(connection: Connection, ids: Sequence[str], area: Area) -> None:

@@ -556,6 +556,20 @@ def test_rerun_needs_to_be_told_what(store):
             store.rerun(nothing)
 
 
+def test_rerun_of_a_study_whose_scored_files_are_deleted_is_refused_whatever_is_left(store):
+    study = record(store, folder("hand", "good", "junk"))
+    finish(store, problems=(FileProblem(sha("junk"), "empty", "no picture"),))
+    for file in store.study(study.study_id).files:
+        place = Place.QUARANTINE if file.problem else Place.DELETED
+        store.moved(Move(file.claim, place, (file.name,)))
+    with pytest.raises(Misconfigured, match="deleted: drop them in again"):
+        store.rerun(Rerun(studies=(study.study_id,)))
+    assert store.rerun(Rerun(filters=Filters(state=State.DONE))) == []
+    record(store, folder("hand", "late", hours=1))
+    finish(store, done(), waiting(State.NEEDS_AREA))
+    assert store.rerun(Rerun(studies=(study.study_id,)), Area.XR_HAND) == [study.study_id]
+
+
 def test_rerun_of_deleted_files_is_refused_by_name_and_passed_over_by_filter(store):
     for name in "ab":
         record(store, folder(name, name))
