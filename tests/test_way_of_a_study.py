@@ -23,11 +23,15 @@ from sqlalchemy.exc import DatabaseError
 from mura_batch import custody, moves, pipeline
 from mura_batch.area import Area
 from mura_batch.config import Settings
+from mura_batch.custody import Custody
 from mura_batch.daemon import Daemon
+from mura_batch.errors import Transient
+from mura_batch.inbox import Inbox
 from mura_batch.records import Filters, ImageRow, Rerun, StudyRow
 from mura_batch.results import Results
 from mura_batch.scoring import Scorer
 from mura_batch.store import Store
+from mura_batch.systemd import ALIVE, READY
 from mura_batch.weights import WeightsStore
 
 
@@ -415,3 +419,18 @@ def test_what_was_taken_and_cannot_be_read_needs_attention(
         summary = Daemon(site).run(once=True)
     assert (summary.untaken, summary.finished) == (1, {"done": 1})
     assert Daemon(site).run(once=True).finished == {"done": 1}
+
+
+def test_claims_that_were_cut_off_are_finished_under_the_watchdog(site: Settings) -> None:
+    names = [film(site.inbox_dir / f"hand/{mark}.png", mark).name for mark in range(3)]
+    box = Inbox(replace(site, settle_seconds=0))
+    box.scan()
+    (unit,) = box.scan()
+    answers = iter([True] * 4 + [False])
+    with pytest.raises(Transient, match="told to stop"):
+        Custody(site, go_on=lambda: next(answers)).claim(unit)
+    assert kept(site, "work") == names
+    said: list[str] = []
+    Daemon(site, notify=said.append).run(once=True)
+    assert said[: said.index(READY)].count(ALIVE) >= 3
+    assert [row.state for row in rows(site)] == ["done"]
