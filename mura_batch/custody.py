@@ -14,6 +14,7 @@ With ``archive = "leave"`` nothing moves and ``work/`` stays empty; the database
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fnmatch
 import hashlib
 import json
@@ -23,7 +24,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +34,15 @@ from typing import Any, Literal
 from mura_batch.atomic import sync_folder, write_atomic
 from mura_batch.config import Settings
 from mura_batch.errors import Misconfigured, Transient
-from mura_batch.moves import digest, files_below, move, relocate, same_content, settle_into
+from mura_batch.moves import (
+    MAX_BYTES,
+    digest,
+    files_below,
+    move,
+    relocate,
+    same_content,
+    settle_into,
+)
 from mura_batch.study import Kind, SourceFile, masked
 
 log = logging.getLogger(__name__)
@@ -53,7 +62,7 @@ class FoundFile:
 
     Attributes:
         name: path relative to the inbox, ``/``-separated, surrogateescape for odd bytes.
-        problem: ``symbolic_link``, ``not_a_file``, ``unreadable``, or empty.
+        problem: ``symbolic_link``, ``not_a_file``, ``unreadable``, ``too_large``, or empty.
     """
 
     name: str
@@ -160,9 +169,14 @@ class Custody:
 
     One process at a time; its threads may move different claims at once. Every method can be
     repeated after a crash.
+
+    Args:
+        go_on: asked before each file that a claim moves or reads; where it says no, a restart
+            finishes the claim.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, go_on: Callable[[], bool] = lambda: True) -> None:
+        self._go_on = go_on
         self._inbox = settings.inbox_dir
         self._work = settings.work
         self._archive = settings.archive_dir
@@ -218,6 +232,11 @@ class Custody:
             elif folder.is_dir():
                 self._cut_off.append(folder)
         return claims
+
+    @property
+    def held_up(self) -> int:
+        """How many claims :meth:`cut_off` waits for."""
+        return len(self._cut_off)
 
     def pending(self) -> list[Claim]:
         """Return every claim in work, oldest first; finishes what a crash cut off.
@@ -376,7 +395,7 @@ class Custody:
         return found.like(status) if settled_by == "cap" else found.describes(status)
 
     def _claim_in_place(self, record: _Record) -> Claim | None:
-        held = _held(self._inbox, record.candidate.files)
+        held = self._held(self._inbox, record.candidate.files)
         settled_by = record.candidate.settled_by
         held = [(found, file) for found, file in held if self._takeable(found, settled_by)]
         return _as_claim(record, held) if held else None
@@ -385,18 +404,20 @@ class Custody:
         """Move what is still to move, remove emptied folders, hash, seal.
 
         Raises:
-            OSError: why the last file was refused, when no file could be moved.
+            OSError: why the last file was refused, when no file could be moved; or the program
+                is told to stop.
         """
         folder = self._work / record.id
         refused: OSError | None = None
         for found in record.candidate.files:
+            self._stop_if_told()
             try:
                 self._take(found, folder, record.candidate.settled_by)
             except OSError as exc:
                 refused = exc
                 log.warning("claim %s leaves a file in the inbox: %s", record.id, exc.strerror)
         self._remove_emptied(found.name for found in record.candidate.files)
-        held = _held(folder / "files", record.candidate.files)
+        held = self._held(folder / "files", record.candidate.files)
         if held:
             self._seal(record, held)
             return _as_claim(record, held)
@@ -437,7 +458,29 @@ class Custody:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
+            if found.size > MAX_BYTES and os.lstat(source).st_dev != target.parent.stat().st_dev:
+                raise OSError(errno.EFBIG, "too large to be copied from another file system")
             move(source, target, folder / _CARRIED, lambda: self._takeable(found, settled_by))
+
+    def _stop_if_told(self) -> None:
+        if not self._go_on():
+            raise InterruptedError(errno.ECANCELED, "the program is told to stop")
+
+    def _held(self, root: Path, files: Iterable[FoundFile]) -> list[_Holding]:
+        """Hash those of ``files`` that lie below ``root``; sizes and problems as they are now."""
+        held = []
+        for found in files:
+            self._stop_if_told()
+            path = root / found.name
+            with suppress(FileNotFoundError):
+                status = os.lstat(path)
+                sha256, problem = digest(path, found.name, status)
+                now = dataclasses.replace(
+                    found, size=status.st_size, mtime_ns=status.st_mtime_ns, problem=problem
+                )
+                file = SourceFile(path, found.name, sha256, status.st_size, problem)
+                held.append((now, file))
+        return held
 
     def _resume(self, folder: Path) -> Claim | None:
         """Return the claim in ``folder``, finished if it was cut off; None if it holds nothing."""
@@ -503,21 +546,6 @@ def _as_claim(record: _Record, held: Sequence[_Holding]) -> Claim:
         files=tuple(file for _, file in held),
         fingerprints=tuple(found for found, _ in held),
     )
-
-
-def _held(root: Path, files: Iterable[FoundFile]) -> list[_Holding]:
-    """Hash those of ``files`` that lie below ``root``; sizes and problems as they are now."""
-    held = []
-    for found in files:
-        path = root / found.name
-        with suppress(FileNotFoundError):
-            status = os.lstat(path)
-            sha256, problem = digest(path, found.name, status)
-            now = dataclasses.replace(
-                found, size=status.st_size, mtime_ns=status.st_mtime_ns, problem=problem
-            )
-            held.append((now, SourceFile(path, found.name, sha256, status.st_size, problem)))
-    return held
 
 
 def _explain(

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -48,15 +49,22 @@ Notify = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to: rows that ended in each state, and what still waits."""
+    """What a run came to: rows that ended in each state, and what still waits.
+
+    Attributes:
+        untaken: studies that are complete and could not be claimed.
+        blocked: folders of the inbox that could not be looked into.
+    """
 
     finished: Counter[State]
     waiting: int
+    untaken: int
+    blocked: int
 
     @property
     def needs_attention(self) -> bool:
-        """Whether any study was not done: quarantined, failed or waiting."""
-        return self.waiting > 0 or any(
+        """Whether any study was not done: quarantined, failed, waiting or not even claimed."""
+        return self.waiting + self.untaken + self.blocked > 0 or any(
             count for state, count in self.finished.items() if state is not State.DONE
         )
 
@@ -75,6 +83,7 @@ class Daemon:
         self._wakeup: Wakeup | None = None
         self._next_word = 0.0
         self._unrecorded: list[Claim] = []
+        self._untaken = 0
 
     def stop(self) -> None:
         """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
@@ -86,34 +95,39 @@ class Daemon:
         """Work until :meth:`stop`; with ``once``, until nothing in the inbox can move.
 
         Raises:
-            Misconfigured: the home is not usable, or another daemon works in it.
+            Misconfigured: the home is not usable, or another daemon works in it; with ``once``,
+                there is no inbox (else it may yet be mounted).
+            Exception: what the database raised that no second try would mend.
         """
         settings = self._settings
         with ExitStack() as stack:
             stack.enter_context(_alone(settings))
+            if once:
+                _check_inbox(settings)
             store = stack.enter_context(Store.open(settings.database_url))
             weights = WeightsStore(settings.weights_dir)
-            custody = Custody(settings)
+            custody = Custody(settings, go_on=self._go_on)
             scorer = stack.enter_context(warm_scorer(settings, weights))
             pipeline = stack.enter_context(Pipeline(settings, store, custody, weights, scorer))
             self._wakeup = stack.enter_context(Wakeup(settings))
             log.info("watching", extra={"mode": self._wakeup.mode})
-            _catch_up(store, custody, pipeline)
+            _catch_up(settings, store, custody, pipeline)
             inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
-            feeder = threading.Thread(
-                target=self._feed, args=(store, weights, pipeline), name="feeder", daemon=True
-            )
-            feeder.start()
+            feeder = stack.enter_context(ThreadPoolExecutor(1, "feeder"))
+            feeding = feeder.submit(self._feed, store, weights, pipeline)
+            feeding.add_done_callback(lambda _: self.stop())
             try:
                 self._watch(inbox, store, custody, pipeline, once=once)
             finally:
                 self._stopping.set()
                 self._notify(STOPPING)
-                feeder.join()
+                wait([feeding])
                 pipeline.drain()
+            feeding.result()
             rows = store.counts(datetime.now(UTC)).states
             waiting = sum(count for state, count in rows.items() if state not in _ENDED)
-            return Summary(pipeline.finished, waiting + inbox.refused)
+            untaken = self._untaken + inbox.refused
+            return Summary(pipeline.finished, waiting, untaken, inbox.blocked)
 
     def _watch(
         self, inbox: Inbox, store: Store, custody: Custody, pipeline: Pipeline, *, once: bool
@@ -135,6 +149,11 @@ class Daemon:
             if self._wakeup is not None:
                 self._wakeup.wait(min(pause, _LONGEST_WAIT))
 
+    def _go_on(self) -> bool:
+        """Tell the service manager that work goes on; return whether it should."""
+        self._notify(ALIVE)
+        return not self._stopping.is_set()
+
     def _say(self, inbox: Inbox) -> None:
         """Leave word for ``mura-batch status``, every few seconds."""
         if time.monotonic() < self._next_word:
@@ -154,6 +173,7 @@ class Daemon:
     def _scan(self, inbox: Inbox, custody: Custody, pipeline: Pipeline) -> int:
         """Claim what is complete and record it; return how many claims were recorded."""
         self._unrecorded += custody.cut_off()
+        self._untaken = custody.held_up
         recorded = self._record(pipeline)
         for candidate in inbox.scan():
             if self._stopping.is_set():
@@ -162,6 +182,7 @@ class Daemon:
                 claim = custody.claim(candidate)
             except Transient as exc:
                 log.warning("could not be claimed, will be tried again", extra={"why": str(exc)})
+                self._untaken += 1
             else:
                 if claim is not None:
                     self._unrecorded.append(claim)
@@ -193,8 +214,10 @@ class Daemon:
                 if time.monotonic() >= look_again:
                     active = _noticed(active, store, weights)
                     look_again = time.monotonic() + _LEDGER_SECONDS
-                taken = store.take(_TAKE, datetime.now(UTC))
+                taken = store.take(_TAKE, datetime.now(UTC), idle=pipeline.idle)
                 pipeline.feed(taken)
+                if len(taken) == 1 and taken[0].attempts:
+                    pipeline.drain()  # it may have been under way in a process that was killed
             except Transient as exc:
                 log.warning("the ledger could not be asked", extra={"why": str(exc)})
                 taken = []
@@ -205,9 +228,10 @@ class Daemon:
 _ENDED = (State.DONE, State.QUARANTINED)
 
 
-def _catch_up(store: Store, custody: Custody, pipeline: Pipeline) -> None:
+def _catch_up(settings: Settings, store: Store, custody: Custody, pipeline: Pipeline) -> None:
     """Finish what an earlier run left between two steps."""
-    store.recover()
+    if number := store.recover(settings.attempts):
+        log.warning("studies were cut off and are tried again", extra={"studies": number})
     pipeline.receive(custody.pending())
     pipeline.settle_custody(store.unsettled_custody())
 
@@ -225,6 +249,16 @@ def _noticed(active: dict[Area, str], store: Store, weights: WeightsStore) -> di
     if changed := [area for area, digest in now.items() if active.get(area) != digest]:
         store.requeue_no_weights(changed)
     return now
+
+
+def _check_inbox(settings: Settings) -> None:
+    try:
+        os.scandir(settings.inbox_dir).close()
+    except OSError as exc:
+        raise Misconfigured(
+            f"inbox {settings.inbox_dir}: {exc.strerror}; set `inbox` to the folder that receives"
+            " the studies, or make it with `mura-batch init`"
+        ) from exc
 
 
 @contextmanager

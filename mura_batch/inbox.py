@@ -18,7 +18,9 @@ import logging
 import math
 import os
 import stat
+import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,8 +48,13 @@ from mura_batch.study import Kind, Peek, peek
 
 log = logging.getLogger(__name__)
 
+BLOCKED = (
+    "part of the inbox cannot be looked into: check that its folders are there and may be read,"
+    " and lie no more than 64 deep"
+)
 _Key = tuple[Kind, str]
 _NEWS = frozenset({"created", "modified", "moved", "closed"})
+_DEEPEST = 64  # folders in each other; no tree of studies has a third of that
 
 
 @dataclass(slots=True)
@@ -113,7 +120,7 @@ class Inbox:
     Attributes:
         waiting: units that had not settled at the last scan.
         refused: units that were offered, are unchanged, and are still there.
-        blocked: folders that could not be listed at the last scan.
+        blocked: folders that could not be listed at the last scan, or lie too deep.
         last_scan_seconds: what the last scan cost.
     """
 
@@ -160,11 +167,14 @@ class Inbox:
         """List every folder below the inbox that holds files, by its relative path."""
         previous, self._known = self._known, {}
         self._ready = set()
-        self.blocked = 0
+        told, self.blocked = self.blocked > 0, 0
         folders: dict[str, _Folder] = {}
         todo = [""]
         while todo:
             relative = todo.pop()
+            if relative.count("/") >= _DEEPEST:  # what handles trees by recursion would fail
+                self.blocked += 1
+                continue
             prefix = relative + "/" if relative else ""
             folder = _Folder()
             try:
@@ -179,6 +189,8 @@ class Inbox:
                 continue
             if folder.files:
                 folders[relative] = folder
+        if self.blocked and not told:
+            log.warning(BLOCKED, extra={"folders": self.blocked})
         return folders
 
     def _look(
@@ -368,16 +380,21 @@ class Wakeup:
         self._wanted = settings.watch != "polling"
         self._news: SimpleQueue[None] = SimpleQueue()  # unlike an Event, safe in signal handlers
         self._observer: BaseObserver | None = None
+        self._broken = False
+        self._hook = threading.excepthook
 
     def __enter__(self) -> Self:
         if self._wanted:
+            _hush()
+            self._hook, threading.excepthook = threading.excepthook, self._thread_ended
             observer = Observer()
             observer.schedule(_Hint(self._news), os.fspath(self._inbox), recursive=True)
             try:
                 observer.start()
-            except OSError as exc:  # the limits on watches, or a file system without them
+            except Exception as exc:  # noqa: BLE001 - limits on watches, trees too deep: events are hints
                 observer.stop()
-                log.warning("no file system events (%s): the inbox is polled", exc.strerror)
+                why = (isinstance(exc, OSError) and exc.strerror) or type(exc).__name__
+                log.warning("no file system events (%s): the inbox is polled", why)
             else:
                 self._observer = observer
                 self.mode = "events"
@@ -393,6 +410,8 @@ class Wakeup:
             self._observer.stop()
             self._observer.join()
             self._observer = None
+        if self._wanted:
+            threading.excepthook = self._hook
         self.mode = "polling"
 
     def wait(self, timeout: float) -> None:
@@ -411,9 +430,29 @@ class Wakeup:
 
     def _alive(self) -> bool:
         observer = self._observer
-        return observer is not None and all(
-            thread.is_alive() for thread in (observer, *observer.emitters)
+        return (
+            not self._broken
+            and observer is not None
+            and all(thread.is_alive() for thread in (observer, *observer.emitters))
         )
+
+    def _thread_ended(self, args: threading.ExceptHookArgs) -> None:
+        """Take note of an exception that ended a thread of watchdog: its traceback names paths."""
+        if type(args.thread).__module__.partition(".")[0] != "watchdog":
+            self._hook(args)
+            return
+        self._broken = True
+        self.wake()
+
+
+def _hush() -> None:
+    """Keep watchdog's warnings out of standard error and logs: they name the inbox's folders."""
+    if not any(getattr(entry[3], "pattern", "") == _TALKATIVE for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=_TALKATIVE)
+    logging.getLogger("watchdog").setLevel(logging.CRITICAL + 1)
+
+
+_TALKATIVE = r"watchdog(\.|$)"
 
 
 class _Hint(FileSystemEventHandler):

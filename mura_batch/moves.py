@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import stat
@@ -19,14 +20,19 @@ from mura_batch.atomic import sync_folder
 
 _PLAINLY = os.O_NOFOLLOW | os.O_NONBLOCK
 _CARRIED = ".carried.tmp"
+MAX_BYTES = 8 << 30
+"""No film has more; reading a larger file only for its hash would stop everything else."""
+
 _REFUSALS = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO}  # of this file, and to stay
 
 
-def digest(path: Path, name: str, status: os.stat_result) -> tuple[str, str]:
+def digest(
+    path: Path, name: str, status: os.stat_result, *, most: float = MAX_BYTES
+) -> tuple[str, str]:
     """Return a file's SHA-256 and its problem.
 
-    What has no readable content gets a digest of what is known of it instead, so that two such
-    files are not taken for one.
+    What has no readable content, or more than ``most`` bytes, gets a digest of what is known of
+    it instead, so that two such files are not taken for one.
 
     Raises:
         OSError: it vanished, or the file system failed; reading it again may succeed.
@@ -35,13 +41,15 @@ def digest(path: Path, name: str, status: os.stat_result) -> tuple[str, str]:
         return _stand_in("symbolic_link", os.fsencode(path.readlink())), "symbolic_link"
     if not stat.S_ISREG(status.st_mode):
         return _stand_in("not_a_file", os.fsencode(name)), "not_a_file"
+    known = os.fsencode(name) + b"\0%d\0%d" % (status.st_size, status.st_mtime_ns)
+    if status.st_size > most:
+        return _stand_in("too_large", known), "too_large"
     try:
         with open_regular(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest(), ""
     except OSError as exc:
         if exc.errno not in _REFUSALS:
             raise
-        known = os.fsencode(name) + b"\0%d\0%d" % (status.st_size, status.st_mtime_ns)
         return _stand_in("unreadable", known), "unreadable"
 
 
@@ -60,7 +68,8 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 def same_content(one: Path, other: Path) -> bool:
     """Whether two files hold the same bytes, or two links the same target."""
-    return digest(one, "", os.lstat(one)) == digest(other, "", os.lstat(other))
+    first, second = (digest(p, "", os.lstat(p), most=math.inf) for p in (one, other))
+    return first == second
 
 
 def move(source: Path, target: Path, carried: Path, unchanged: Callable[[], bool]) -> None:

@@ -35,7 +35,7 @@ from mura_batch.errors import (
     UnsupportedArea,
     WeightsRefused,
 )
-from mura_batch.moves import digest
+from mura_batch.moves import MAX_BYTES, digest
 from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
 from mura_batch.preprocessing import Luminance, prepare
 from mura_batch.radiograph import read_luminance
@@ -202,6 +202,12 @@ class Pipeline:
                 _step("taken", study=stored.id)
                 self._bounded(stored, partial(self._start, stored))
 
+    @property
+    def idle(self) -> bool:
+        """Whether no study is in flight."""
+        with self._idle:
+            return self._in_flight == 0
+
     def drain(self) -> None:
         """Wait until every study that was fed is finished."""
         with self._idle:
@@ -255,7 +261,8 @@ class Pipeline:
         else:
             path = self._custody.locate(file.place, stored.id, file.claim, file.name)
             found = file.problem.partition(": ")[0]
-            problem = found if found in _NEVER_OPENED else ""
+            never = "too_large" if file.size > MAX_BYTES else ""
+            problem = found if found in _NEVER_OPENED else never
         name = file.source if file.place is Place.OUTSIDE else file.name
         return SourceFile(path, name, file.sha256, file.size, problem)
 

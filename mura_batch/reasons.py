@@ -8,8 +8,11 @@ _ADVICE = {
     "symbolic_link": "copy the file itself into the inbox instead of a link to it",
     "not_a_file": "drop regular files only",
     "unreadable": "give the daemon's user the right to read the file and drop it again",
+    "too_large": "more than any film has: export the image again from its source and drop it again",
     "deleted": 'the source was deleted after its first result (archive = "delete"): drop the'
     " whole study again",
+    "interrupted": "look at its files and at the machine's memory; `mura-batch rerun STUDY` tries"
+    " again",
     "defect": "report it with the log; `mura-batch rerun STUDY` tries again",
 }
 

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mura_batch.config import Settings
-from mura_batch.errors import MuraError, Rejected, Transient
+from mura_batch.errors import Misconfigured, MuraError, Rejected, Transient
 from mura_batch.preprocessing import Luminance
 
 if TYPE_CHECKING:
@@ -60,7 +61,12 @@ def sigmoid(logit: float) -> float:
 
 
 def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
-    """Return a scorer that runs stored weights as the settings ask."""
+    """Return a scorer that runs stored weights as the settings ask.
+
+    Raises:
+        Misconfigured: this machine does not have the device or the runtime.
+    """
+    _check(settings)
 
     def ready(card: Card) -> Runtime:
         from mura_batch.runtime import load  # noqa: PLC0415 - torch only where networks run
@@ -74,6 +80,19 @@ def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
         batch_seconds=settings.batch_seconds,
         cache_bytes=settings.cache_mb << 20,
     )
+
+
+def _check(settings: Settings) -> None:
+    on_cpu = settings.device in {"auto", "cpu"}
+    if settings.runtime == "openvino" and not (on_cpu and find_spec("openvino")):
+        raise Misconfigured(
+            "the openvino runtime works on the CPU only, where it is installed: set `device` to"
+            " auto and pip install 'mura-batch[openvino]', or set `runtime` to auto or torch"
+        )
+    if not on_cpu:
+        from mura_batch.runtime.torch_runtime import find_device  # noqa: PLC0415 - imports torch
+
+        find_device(settings.device)
 
 
 @dataclass(slots=True)

@@ -66,6 +66,7 @@ from mura_batch.study import Kind, content_digest, masked
 
 _WAITING = (State.NEEDS_AREA, State.NO_WEIGHTS)
 _GONE = (Place.DELETED, Place.REPLACED)
+_INTERRUPTED = "the program ended while this study was under way: it is tried again, alone"
 Ledger = dict[bytes, tuple[int, str, str]]  # raw name → size, mtime_ns, inode
 
 
@@ -162,15 +163,22 @@ class Store(Results):
 
     # ---- the queue
 
-    def take(self, limit: int, now: datetime) -> list[StoredStudy]:
+    def take(self, limit: int, now: datetime, *, idle: bool = True) -> list[StoredStudy]:
         """Mark up to ``limit`` queued studies as running and return them.
 
-        New studies come before reruns, and longer waiting ones first.
+        New studies come before reruns, and longer waiting ones first. Those that were under way
+        when a process was killed come after all others, one at a time, and only where nothing
+        else is under way (``idle``): so that the one that ends the program is found.
         """
-        wanted = select(studies.c.id).where(is_due(now))
-        ordered = wanted.order_by(studies.c.rerun, studies.c.received_at, studies.c.id)
+        due = select(studies.c.id).where(is_due(now))
+        interrupted = studies.c.last_error.is_not_distinct_from(_INTERRUPTED)
+        longest = (studies.c.received_at, studies.c.id)
+        usual = due.where(~interrupted).order_by(studies.c.rerun, *longest).limit(limit)
+        alone = due.where(interrupted).order_by(studies.c.attempts, *longest).limit(1)
         with self._write() as connection:
-            ids = list(connection.execute(ordered.limit(limit)).scalars())
+            ids = list(connection.execute(usual).scalars())
+            if not ids and idle:
+                ids = list(connection.execute(alone).scalars())
             if not ids:
                 return []
             running = update(studies).where(studies.c.id.in_(ids)).values(work=Work.RUNNING)
@@ -183,11 +191,29 @@ class Store(Results):
         with reading(self._engine) as connection:
             return connection.execute(wanted.limit(1)).first() is not None
 
-    def recover(self) -> int:
-        """Queue again what an earlier process was running; return how many."""
-        again = update(studies).where(studies.c.work == Work.RUNNING).values(work=Work.QUEUED)
+    def recover(self, most: int) -> int:
+        """Queue again what an earlier process was running; return how many.
+
+        Each of them counts one more attempt. One that ran alone (see :meth:`take`) and has come
+        to ``most`` attempts fails: it may be what ends the program.
+        """
+        running = studies.c.work == Work.RUNNING
+        suspect = and_(running, studies.c.last_error == _INTERRUPTED)
+        again = {"work": Work.QUEUED, "last_error": _INTERRUPTED}
         with self._write() as connection:
-            return connection.execute(again).rowcount
+            given_up = select(studies.c.id, studies.c.attempts + 1)
+            given_up = given_up.where(suspect, studies.c.attempts + 1 >= most)
+            for study, times in connection.execute(given_up).all():
+                reason = (
+                    f"the program ended {times} times while this study was under way: it may be"
+                    f" the cause; look at its files, then `mura-batch rerun {study}`"
+                )
+                _fail(connection, study, "interrupted", reason, datetime.now(UTC))
+                _settle(connection, {study}, fresh=True)
+            queued = update(studies).where(running)
+            return connection.execute(
+                queued.values(attempts=studies.c.attempts + 1, **again)
+            ).rowcount
 
     def commit(self, *outcomes: StudyOutcome) -> None:
         """Store what one pass over each study found out: results, readings, problems, events.
@@ -248,12 +274,7 @@ class Store(Results):
         """Give a study up: all its readings fail, with what they last showed kept."""
         with self._write() as connection:
             fresh = _study_row(connection, study_id)["request"] == request
-            connection.execute(
-                update(readings)
-                .where(readings.c.study_id == study_id)
-                .values(state=State.FAILED, reason_code=code, reason=reason, updated_at=at)
-            )
-            _log(connection, at, State.FAILED, {"code": code, "reason": reason}, study_id)
+            _fail(connection, study_id, code, reason, at)
             _settle(connection, {study_id}, fresh=fresh)
 
     # ---- asked again
@@ -275,8 +296,9 @@ class Store(Results):
         """Queue studies to be scored again and return their ids.
 
         ``set_area`` is a person's word: it counts for the undecided views where the study waits
-        for an area, else for all of its views, and for images that come later. Studies whose
-        files were deleted after scoring are passed over when a filter chose them.
+        for an area, else for all of its views, and for images that come later. Studies of which
+        files were deleted after scoring are passed over when a filter chose them, unless a part
+        of them has not ended.
 
         Raises:
             Misconfigured: nothing was chosen, an id is unknown or ambiguous, or the files of a
@@ -552,6 +574,12 @@ def _queue(
         _log_all(connection, ((now, what, detail, study) for study in some))
 
 
+def _fail(connection: Connection, study: str, code: str, reason: str, at: datetime) -> None:
+    failed = {"state": State.FAILED, "reason_code": code, "reason": reason, "updated_at": at}
+    connection.execute(update(readings).where(readings.c.study_id == study).values(**failed))
+    _log(connection, at, State.FAILED, {"code": code, "reason": reason}, study)
+
+
 def _settle(connection: Connection, ids: Collection[str], *, fresh: bool) -> None:
     values: dict[str, Any] = {"attempts": 0, "last_error": None, "not_before": None}
     values |= {"work": Work.SETTLED, "rerun": False} if fresh else {"work": Work.QUEUED}
@@ -638,12 +666,22 @@ def _chosen(connection: Connection, which: Rerun, named: list[str]) -> list[str]
 
 
 def _with_files(connection: Connection, ids: Sequence[str]) -> list[str]:
-    """Return those of the studies that still have a file."""
+    """Return those of the studies that still have their files, or a part that has none scored.
+
+    A settled study of which a scored file is deleted would only lose its result.
+    """
     present: set[str] = set()
+    lost: set[str] = set()
+    open_states = (State.QUEUED, State.FAILED, *_WAITING)
     for some in chunks(ids):
-        kept = select(files.c.study_id).where(files.c.study_id.in_(some))
-        present.update(connection.execute(kept.where(files.c.place.not_in(_GONE))).scalars())
-    return [study for study in ids if study in present]
+        of = select(files.c.study_id).where(files.c.study_id.in_(some))
+        present.update(connection.execute(of.where(files.c.place.not_in(_GONE))).scalars())
+        ends = select(readings.c.id).where(
+            readings.c.study_id == files.c.study_id, readings.c.state.in_(open_states)
+        )
+        settled = of.where(files.c.place == Place.DELETED, ~ends.exists())
+        lost.update(connection.execute(settled).scalars())
+    return [study for study in ids if study in present - lost]
 
 
 def _set_area(connection: Connection, ids: Sequence[str], area: Area) -> None:

@@ -194,6 +194,7 @@ def _read(file: SourceFile) -> _Found:
 _PROBLEMS = {
     "symbolic_link": "links are not followed: drop the file itself",
     "unreadable": "the file may not be read: check its permissions",
+    "too_large": "the file is larger than any film: export it again",
     "not_a_file": "this is no regular file: drop the image itself",
 }
 

@@ -437,3 +437,35 @@ def test_values_that_mean_nothing_are_wrong_usage(home: Home, wrong: tuple[str, 
     refused = home.command(*wrong)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("inbox", ["missing", "file"])
+def test_once_without_an_inbox_is_misconfigured(tmp_path: Path, inbox: str) -> None:
+    (tmp_path / "file").touch()
+    home = make_home(tmp_path / "home", inbox=str(tmp_path / inbox))
+    told = home.command("watch", "--once")
+    assert (told.returncode, "set `inbox`" in told.stderr) == (4, True), told.stderr
+
+
+def test_once_says_what_it_could_not_take(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    film(home.inbox / "hand.png", 1)
+    film(home.inbox / "/".join(["d"] * 65) / "elbow.png", 2)
+    (home.path / "work").rmdir()
+    (home.path / "work").touch()
+    told = home.command("watch", "--once")
+    assert told.returncode == 3, told.stderr
+    assert "1 could not be taken: check the permissions" in told.stderr
+    assert "part of the inbox cannot be looked into: check" in told.stderr
+
+
+@pytest.mark.parametrize("films", [0, 1])
+def test_a_device_that_is_not_there_stops_the_daemon_before_it_takes_anything(
+    tmp_path: Path, films: int
+) -> None:
+    home = make_home(tmp_path / "home", device="foo")
+    for mark in range(films):
+        film(home.inbox / "hand.png", mark)
+    told = home.command("watch", "--once")
+    assert (told.returncode, "device 'foo'" in told.stderr) == (4, True), told.stderr
+    assert len(list(home.inbox.iterdir())) == films

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -25,6 +26,7 @@ STEPS = (
     "moved",
 )
 KILLER = Path(__file__).parent / "kill_at"
+PATH = os.pathsep.join(filter(None, (str(KILLER), os.environ.get("PYTHONPATH"))))
 
 
 def drop(home: Home, number: int) -> Counter[str]:
@@ -74,7 +76,7 @@ def test_killed_after_every_named_step(tmp_path: Path) -> None:
     dropped: Counter[str] = Counter()
     for number, step in enumerate(STEPS):
         dropped += drop(home, number)
-        killed = home.command("-v", "watch", "--once", KILL_AT=step, PYTHONPATH=str(KILLER))
+        killed = home.command("-v", "watch", "--once", KILL_AT=step, PYTHONPATH=PATH)
         assert killed.returncode == -signal.SIGKILL, (step, killed.stderr)
         assert home.contents() == dropped, step
     last = home.command("watch", "--once")
@@ -108,3 +110,20 @@ def test_a_terminated_daemon_finishes_what_it_began_and_leaves_with_0(tmp_path: 
     daemon.send_signal(signal.SIGTERM)
     assert daemon.wait(60) == 0
     assert [row["state"] for row in rows(home)] == ["done"]
+
+
+def test_a_study_that_ends_the_program_whenever_it_is_tried_fails(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", attempts="2")
+    killer = film(home.inbox / "hand.png", 1)
+    for _ in range(2):
+        killed = home.command("-v", "watch", "--once", KILL_AT="decoded", PYTHONPATH=PATH)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    film(home.inbox / "elbow.png", 2)
+    assert not killer.exists()
+    last = home.command("-v", "watch", "--once", KILL_AT="never", PYTHONPATH=PATH)
+    assert last.returncode == 3, last.stderr
+    assert {str(row["source"]): row["state"] for row in rows(home)} == {
+        "hand.png": "failed",
+        "elbow.png": "done",
+    }
+    assert any("interrupted: " in str(row["reason"]) for row in rows(home))

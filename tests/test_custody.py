@@ -445,6 +445,43 @@ def test_unreadable_file_is_claimed_with_its_problem(
     assert Custody(settings).pending() == [claim]
 
 
+def test_a_file_larger_than_any_film_is_not_read(tmp_path: Path) -> None:
+    settings = site(tmp_path)
+    digests = set()
+    for name in ("wrist.png", "hand.dcm"):
+        drop(settings, {name: b""})
+        os.truncate(settings.inbox_dir / name, moves.MAX_BYTES + 1)
+        claim = Custody(settings).claim(unit_of(settings, name))
+        assert claim.files[0].problem == claim.fingerprints[0].problem == "too_large"
+        digests.add(claim.files[0].sha256)
+    assert len(digests) == 2
+    assert {claim.files[0].problem for claim in Custody(settings).pending()} == {"too_large"}
+
+
+def test_a_file_larger_than_any_film_is_not_copied_either(fast: Path, far: Path) -> None:
+    settings = site(fast / "home", far / "inbox")
+    drop(settings, {"wrist.png": b""})
+    os.truncate(settings.inbox_dir / "wrist.png", moves.MAX_BYTES + 1)
+    with pytest.raises(Transient, match="too large to be copied"):
+        Custody(settings).claim(unit_of(settings, "wrist.png"))
+    assert [path.name for path in settings.inbox_dir.iterdir()] == ["wrist.png"]
+    assert list(settings.work.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", range(1, 7))
+def test_a_claim_that_is_told_to_stop_is_finished_by_a_restart(tmp_path: Path, asked: int) -> None:
+    settings = site(tmp_path)
+    drop(settings)
+    before = contents(settings)
+    answers = count(1)
+    stopping = Custody(settings, go_on=lambda: next(answers) < asked)
+    with pytest.raises(Transient, match="told to stop"):
+        stopping.claim(unit(settings))
+    assert stopping.pending() == []
+    assert contents(settings) == before
+    assert_all_claimed(settings, finish(settings))
+
+
 def refuse_opening(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The fault of a file without permissions, which root does not meet."""
     really = os.open

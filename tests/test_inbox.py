@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -395,6 +398,20 @@ def test_unreadable_file_stays_in_its_study_until_it_can_be_read(
     assert [f.problem for f in unit.files] == ["", ""]
 
 
+def test_folders_that_lie_too_deep_are_left_and_said_once(
+    box: Box, caplog: pytest.LogCaptureFixture
+) -> None:
+    box.put("s/a.png")
+    box.put("/".join(["d"] * 64) + "/b.png")
+    box.put("/".join(["Doe"] * 65) + "/c.png")
+    with caplog.at_level(logging.WARNING, logger="mura_batch"):
+        units = box.units()
+    assert set(units) == {(Kind.FOLDER, "s"), (Kind.FOLDER, "/".join(["d"] * 64))}
+    assert box.inbox.blocked == 1
+    assert [record.getMessage() for record in caplog.records] == [mura_batch.inbox.BLOCKED]
+    assert "Doe" not in caplog.text
+
+
 # ---- what a scan costs
 
 
@@ -543,3 +560,69 @@ def test_exception_in_the_handler_costs_only_latency(
         wakeup.wait(0.2)
         assert wakeup.mode == "polling"
         assert len(box.units()) == 1
+
+
+def deep(folder: Path, levels: int) -> Path:
+    """Make folders in each other, more than one path can name, with a file in the deepest."""
+    folder.mkdir()
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(os.open("wrong.png", os.O_CREAT, dir_fd=here))
+    os.close(here)
+    return folder
+
+
+def test_a_tree_too_deep_for_watches_means_polling(box: Box) -> None:
+    deep(box.root / "tree", 1300)
+    try:
+        box.put("a.png")
+        with Wakeup(box.settings) as wakeup:
+            assert wakeup.mode == "polling"
+            assert list(box.units()) == [(Kind.FILE, "a.png")]
+    finally:
+        subprocess.run(["rm", "-rf", box.root / "tree"], check=True)
+
+
+def test_a_tree_too_deep_that_is_moved_in_costs_only_latency(
+    box: Box, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    tree = deep(tmp_path / "tree", 1300)
+    try:
+        with Wakeup(box.settings) as wakeup:
+            tree.rename(box.root / "Doe_Jane")
+            deadline = time.monotonic() + 10
+            while wakeup.mode == "events" and time.monotonic() < deadline:
+                wakeup.wait(0.2)
+            assert wakeup.mode == "polling"
+        assert threading.excepthook is threading.__excepthook__
+        assert capfd.readouterr().err == ""
+    finally:
+        subprocess.run(["rm", "-rf", tree, box.root / "Doe_Jane"], check=True)
+
+
+CHURN = """
+import os, sys, shutil, time
+from pathlib import Path
+from mura_batch.config import Settings
+from mura_batch.inbox import Wakeup
+
+settings = Settings(home=Path(sys.argv[1]))
+with Wakeup(settings) as wakeup:
+    for turn in range(200):
+        folder = settings.inbox_dir / "Doe_Jane"
+        (folder / "study1" / "w").mkdir(parents=True)
+        folder.rename(settings.inbox_dir / f"Doe_{turn}")
+        shutil.rmtree(settings.inbox_dir / f"Doe_{turn}")
+    wakeup.wait(1)
+"""
+
+
+def test_folders_that_come_and_go_quickly_are_not_named_on_standard_error(box: Box) -> None:
+    command = [sys.executable, "-c", CHURN, box.settings.home]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "Doe" not in told.stderr

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mura_batch.area import Area
-from mura_batch.errors import Transient, WeightsRefused
+from mura_batch.config import Settings
+from mura_batch.errors import Misconfigured, Transient, WeightsRefused
 from mura_batch.runtime import Inference, Runtime, load
-from mura_batch.scoring import Scorer
-from mura_batch.weights import load_bundled
+from mura_batch.scoring import Scorer, warm_scorer
+from mura_batch.weights import WeightsStore, load_bundled
 from mura_batch.weights_card import Card
 
 
@@ -177,3 +179,18 @@ def test_a_network_that_cannot_be_loaded_now_is_tried_again(
             scorer.submit(card, views(card, 1)[0]).result(timeout=30)
         scorer.announce(card)
         assert np.isfinite(scorer.submit(card, views(card, 1)[0]).result(timeout=30).logit)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"device": "foo"}, "device 'foo' is not on this machine"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not on this machine"),
+        ({"device": "cuda:0", "runtime": "openvino"}, "works on the CPU only"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named_before_anything_is_scored(
+    tmp_path: Path, asked: dict[str, str], named: str
+) -> None:
+    with pytest.raises(Misconfigured, match=named):
+        warm_scorer(Settings(home=tmp_path, **asked), WeightsStore(tmp_path))

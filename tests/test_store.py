@@ -332,8 +332,44 @@ def test_what_was_running_is_queued_again_after_a_kill(store):
     study = take(store)
     assert store.take(5, NOON + timedelta(days=1)) == []
     assert store.due(NOON) == 1
-    assert store.recover() == 1
-    assert take(store) == study
+    assert store.recover(5) == 1
+    assert take(store) == dataclasses.replace(study, attempts=1)
+
+
+def test_what_was_cut_off_is_taken_after_all_else_and_alone(store):
+    cut_off = [record(store, folder(key, key, hours=-1)).study_id for key in "ab"]
+    cut_off.sort()
+    assert len(store.take(5, NOON)) == 2
+    assert store.recover(5) == 2
+    others = [record(store, folder(key, key)).study_id for key in "cd"]
+    taken = store.take(5, NOON, idle=False)
+    assert {study.id for study in taken} == set(others)
+    assert store.take(5, NOON, idle=False) == []
+    for expected in cut_off:
+        (study,) = store.take(5, NOON)
+        assert (study.id, study.attempts) == (expected, 1)
+        store.commit(outcome(study, done()))
+    assert store.take(5, NOON) == []
+
+
+def test_a_study_that_was_alone_whenever_the_program_was_killed_fails(store):
+    killer, patient = (record(store, folder(key, key)).study_id for key in "ab")
+    store.take(5, NOON)
+    store.recover(3)
+    kills = 0
+    while taken := store.take(5, NOON):
+        (study,) = taken
+        if study.id == killer:
+            kills += 1
+            store.recover(3)
+        else:
+            store.commit(outcome(study, done()))
+    assert kills == 2
+    assert [row.study for row in rows(store, state=State.DONE)] == [patient]
+    (row,) = rows(store, state=State.FAILED, reason="interrupted")
+    assert (row.study, "ended 3 times" in row.reason) == (killer, True)
+    store.rerun(Rerun(failed=True))
+    assert take(store).attempts == 0
 
 
 def test_new_studies_are_taken_before_reruns_and_older_before_newer(store):
@@ -440,7 +476,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_database(store, url):
         writer.stdout.close()
         writer.wait()
         assert database.check(url) == []
-        store.recover()
+        store.recover(5)
         made = len(rows(store, state=State.DONE))
         assert said <= made - done_before <= said + 1
         done_before = made
@@ -518,6 +554,20 @@ def test_rerun_needs_to_be_told_what(store):
     for nothing in (Rerun(), Rerun(filters=Filters())):
         with pytest.raises(Misconfigured, match="Say which studies"):
             store.rerun(nothing)
+
+
+def test_rerun_of_a_study_whose_scored_files_are_deleted_is_refused_whatever_is_left(store):
+    study = record(store, folder("hand", "good", "junk"))
+    finish(store, problems=(FileProblem(sha("junk"), "empty", "no picture"),))
+    for file in store.study(study.study_id).files:
+        place = Place.QUARANTINE if file.problem else Place.DELETED
+        store.moved(Move(file.claim, place, (file.name,)))
+    with pytest.raises(Misconfigured, match="deleted: drop them in again"):
+        store.rerun(Rerun(studies=(study.study_id,)))
+    assert store.rerun(Rerun(filters=Filters(state=State.DONE))) == []
+    record(store, folder("hand", "late", hours=1))
+    finish(store, done(), waiting(State.NEEDS_AREA))
+    assert store.rerun(Rerun(studies=(study.study_id,)), Area.XR_HAND) == [study.study_id]
 
 
 def test_rerun_of_deleted_files_is_refused_by_name_and_passed_over_by_filter(store):
@@ -778,7 +828,7 @@ class Ledger(RuleBasedStateMachine):
     @rule()
     def kill(self):
         self.running.clear()
-        self.store.recover()
+        self.store.recover(10**6)
 
     @rule()
     def rerun(self):

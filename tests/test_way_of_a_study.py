@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
+import sqlite3
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +18,20 @@ import numpy as np
 import pytest
 from PIL import Image
 from site_home import SAMPLES, film, make_home
+from sqlalchemy.exc import DatabaseError
 
-from mura_batch import pipeline
+from mura_batch import custody, moves, pipeline
 from mura_batch.area import Area
 from mura_batch.config import Settings
+from mura_batch.custody import Custody
 from mura_batch.daemon import Daemon
+from mura_batch.errors import Transient
+from mura_batch.inbox import Inbox
 from mura_batch.records import Filters, ImageRow, Rerun, StudyRow
 from mura_batch.results import Results
 from mura_batch.scoring import Scorer
 from mura_batch.store import Store
+from mura_batch.systemd import ALIVE, READY
 from mura_batch.weights import WeightsStore
 
 
@@ -275,6 +284,21 @@ def test_what_others_can_write_is_scored_as_it_was_claimed_or_not_at_all(
     assert images(again)[0].logit == view.logit
 
 
+def test_what_ends_the_feeder_ends_the_daemon(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object, **__: object) -> None:
+        raise DatabaseError("select", {}, sqlite3.DatabaseError("database disk image is malformed"))
+
+    monkeypatch.setattr(Store, "take", damaged)
+    daemon = Daemon(site)
+    patience = threading.Timer(20, daemon.stop)
+    patience.start()
+    with pytest.raises(DatabaseError, match="malformed"):
+        daemon.run()
+    patience.cancel()
+
+
 def test_a_claimed_accession_is_that_of_the_first_dicom_file(site: Settings) -> None:
     save_dicom(site.inbox_dir / "st/b.dcm", AccessionNumber="ACC77")
     (site.inbox_dir / "st/a_report.txt").write_text("no picture")
@@ -343,3 +367,70 @@ def test_two_contents_of_one_sop_instance_uid_are_both_scored_and_told(site: Set
     assert (row.state, row.views, row.views_failed) == ("done", 2, 0)
     assert row.reason.startswith("identifier_conflict: ")
     assert rows(site, reason="identifier_conflict") == [row]
+
+
+def test_a_file_larger_than_any_film_is_refused_unread(site: Settings) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    (site.inbox_dir / "wrist.png").touch()
+    os.truncate(site.inbox_dir / "wrist.png", 9 << 30)
+    started = time.monotonic()
+    assert sorted(row.state for row in run(site)) == ["done", "quarantined"]
+    assert time.monotonic() - started < 10
+    (reason,) = site.quarantine.rglob("reason.json")
+    assert json.loads(reason.read_text())["code"] == "too_large"
+    (refused,) = rows(site, state="quarantined")
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(studies=(refused.study,)))
+    assert sorted(row.state for row in run(site)) == ["done", "quarantined"]
+
+
+def test_what_could_not_be_taken_needs_attention(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    really = os.rename
+
+    def refuse(source: object, target: object) -> None:
+        if "inbox" in os.fspath(source):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        really(source, target)
+
+    with monkeypatch.context() as fault:
+        fault.setattr(os, "rename", refuse)
+        summary = Daemon(site).run(once=True)
+        assert (summary.untaken, summary.waiting, summary.needs_attention) == (1, 0, True)
+    assert not Daemon(site).run(once=True).needs_attention
+    assert [row.state for row in rows(site)] == ["done"]
+
+
+def test_what_was_taken_and_cannot_be_read_needs_attention(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    film(site.inbox_dir / "elbow.png", 2)
+
+    def failing(path: Path, name: str, status: os.stat_result) -> tuple[str, str]:
+        if name == "hand.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return moves.digest(path, name, status)
+
+    with monkeypatch.context() as fault:
+        fault.setattr(custody, "digest", failing)
+        summary = Daemon(site).run(once=True)
+    assert (summary.untaken, summary.finished) == (1, {"done": 1})
+    assert Daemon(site).run(once=True).finished == {"done": 1}
+
+
+def test_claims_that_were_cut_off_are_finished_under_the_watchdog(site: Settings) -> None:
+    names = [film(site.inbox_dir / f"hand/{mark}.png", mark).name for mark in range(3)]
+    box = Inbox(replace(site, settle_seconds=0))
+    box.scan()
+    (unit,) = box.scan()
+    answers = iter([True] * 4 + [False])
+    with pytest.raises(Transient, match="told to stop"):
+        Custody(site, go_on=lambda: next(answers)).claim(unit)
+    assert kept(site, "work") == names
+    said: list[str] = []
+    Daemon(site, notify=said.append).run(once=True)
+    assert said[: said.index(READY)].count(ALIVE) >= 3
+    assert [row.state for row in rows(site)] == ["done"]

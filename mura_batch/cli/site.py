@@ -96,13 +96,15 @@ def weights_line(weights: WeightsStore, area: Area) -> str:
 def watch(ctx: click.Context, once: bool) -> None:
     """Run the daemon in the foreground; SIGTERM and SIGINT finish what is begun and leave.
 
-    With --once: 0 when every study is done, 3 when any was quarantined, failed or waits.
+    With --once: 0 when every study is done, 3 when any was quarantined, failed or waits, or
+    could not be taken from the inbox.
 
     \b
     mura-batch watch
     mura-batch watch --once
     """
     from mura_batch.daemon import Daemon
+    from mura_batch.inbox import BLOCKED
     from mura_batch.systemd import ServiceManager
 
     _share_free_memory()
@@ -115,6 +117,14 @@ def watch(ctx: click.Context, once: bool) -> None:
     summary = daemon.run(once=once)
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary.finished.items()))
     click.echo(f"{states or 'nothing new'}; {summary.waiting} waiting", err=True)
+    if summary.untaken:
+        click.echo(
+            f"{summary.untaken} could not be taken: check the permissions of the inbox and"
+            " of the home folder, and the free disk",
+            err=True,
+        )
+    if summary.blocked:
+        click.echo(f"{BLOCKED} ({summary.blocked} folders)", err=True)
     if once and summary.needs_attention:
         ctx.exit(cli.ATTENTION)
 
