@@ -141,7 +141,7 @@ class Inbox:
         self._seen = seen if settings.archive == "leave" else None
         self._known: dict[str, _Known] = {}
         self._observed: dict[_Key, _Observation] = {}
-        self._ready: set[str] = set()
+        self._ready: dict[str, float] = {}
         self.waiting = 0
         self.refused = 0
         self.blocked = 0
@@ -166,7 +166,7 @@ class Inbox:
     def _walk(self) -> dict[str, _Folder]:
         """List every folder below the inbox that holds files, by its relative path."""
         previous, self._known = self._known, {}
-        self._ready = set()
+        self._ready = {}
         told, self.blocked = self.blocked > 0, 0
         folders: dict[str, _Folder] = {}
         todo = [""]
@@ -204,7 +204,8 @@ class Inbox:
                 return None if name.startswith(".") else relative
             if self._ignored.match(name):
                 if name == READY:
-                    self._ready.add(prefix[:-1])
+                    status = entry.stat(follow_symlinks=False)
+                    self._ready[prefix[:-1]] = status.st_mtime_ns if self._seen else math.inf
                 elif self._unfinished.match(name):
                     status = entry.stat(follow_symlinks=False)
                     folder.unfinished.append(_found(relative, status))
@@ -295,19 +296,24 @@ class Inbox:
         return candidates
 
     def _why_settled(self, unit: _Unit, seen: _Observation, now: float) -> SettledBy | None:
-        if self._ready and all(map(self._is_ready, unit.folders)):
-            return "ready"
+        if self._ready:
+            newest = max(known.found.mtime_ns for known in unit.files)
+            if all(self._ready_since(folder) >= newest for folder in unit.folders):
+                return "ready"
         if now - seen.since >= self._settle:
             return "quiet"
         return "cap" if now - seen.first >= self._cap else None
 
-    def _is_ready(self, folder: str) -> bool:
-        """Whether ``folder``, or one above it and below the inbox, holds the marker."""
+    def _ready_since(self, folder: str) -> float:
+        """Return up to which change of its files a marker calls ``folder`` ready, or one above it.
+
+        With ``archive = "leave"`` a marker stays, and says nothing of files that came after it.
+        """
+        since = -math.inf
         while folder:
-            if folder in self._ready:
-                return True
+            since = max(since, self._ready.get(folder, -math.inf))
             folder = folder.rpartition("/")[0]
-        return False
+        return since
 
     def _offer(
         self, key: _Key, unit: _Unit, seen: _Observation, settled_by: SettledBy, now: float

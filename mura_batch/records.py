@@ -61,7 +61,8 @@ class ClaimedFile:
 
     Attributes:
         name: path relative to the inbox, "/"-separated, real name with surrogateescape.
-        sha256: content hash; empty where the file could not be read (``problem`` says why).
+        sha256: content hash, or one of what is known of the file where it could not be read
+            (``problem`` says why).
     """
 
     name: str

@@ -202,12 +202,6 @@ class Results:
         with reading(self._engine) as connection:
             return stored_studies(connection, ids)
 
-    def due(self, now: datetime) -> int:
-        """Count studies that are being worked on or could be taken now."""
-        wanted = select(func.count()).where(or_(studies.c.work == Work.RUNNING, is_due(now)))
-        with reading(self._engine) as connection:
-            return connection.execute(wanted.select_from(studies)).scalar_one()
-
     def _stream(self, parts: list[Select[Any]], limit: int | None) -> Iterator[Any]:
         """Run the parts as one statement, in the rows' order."""
         if len(parts) == 1:

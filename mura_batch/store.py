@@ -341,11 +341,6 @@ class Store(Results):
                 raise Misconfigured("No label was stored. " + " ".join(problems))
         return count
 
-    def event(self, what: str, detail: Json, study_id: str | None = None) -> None:
-        """Log something; details hold no patient data."""
-        with self._write() as connection:
-            _log(connection, datetime.now(UTC), what, detail, study_id)
-
     def _known_files(self) -> Ledger:
         """Return the ledger of files that were left in the inbox, read once."""
         with self._lock:
@@ -382,7 +377,7 @@ def _study_of(connection: Connection, claim: ClaimRecord, late_hours: float) -> 
     if uid is not None:
         same = and_(studies.c.kind == Kind.DICOM, studies.c.study_uid == uid)
         return connection.execute(select(studies.c.id).where(same)).scalar()
-    of_claim = content_digest(map(_content, claim.files))
+    of_claim = content_digest(file.sha256 for file in claim.files)
     twin = select(studies.c.id).where(studies.c.digest == of_claim)
     found = connection.execute(twin.order_by(studies.c.received_at).limit(1)).scalar()
     if found is not None or claim.kind != Kind.FOLDER:
@@ -399,7 +394,7 @@ def _earlier_folder(connection: Connection, claim: ClaimRecord, late_hours: floa
         .group_by(studies.c.id)
         .order_by(last.desc())
     )
-    contents = {file.sha256 for file in claim.files if file.sha256}
+    contents = {file.sha256 for file in claim.files}
     for study, arrived in connection.execute(same_path).all():
         its_files = select(files.c.sha256).where(files.c.study_id == study)
         if arrived >= claim.received_at - timedelta(hours=late_hours) or not contents.isdisjoint(
@@ -416,7 +411,7 @@ def _uid(claim: ClaimRecord) -> str | None:
 
 def _new_study(connection: Connection, claim: ClaimRecord) -> str:
     uid = _uid(claim)
-    digest = content_digest(map(_content, claim.files))
+    digest = content_digest(file.sha256 for file in claim.files)
     key = masked(claim.key) if claim.kind == Kind.FOLDER else ""
     name = key or masked(claim.files[0].name)
     parts = (claim.kind, uid) if uid is not None else (claim.kind, name, digest)
@@ -473,9 +468,9 @@ def _add_to(connection: Connection, study: str, claim: ClaimRecord) -> Recorded:
     """Add a claim to a study; contents that it did not have queue it again."""
     before = _study_row(connection, study)
     _add_files(connection, study, claim)
-    columns = select(files.c.sha256, files.c.problem, files.c.size, files.c.mtime_ns)
-    present = columns.where(files.c.study_id == study, files.c.place != Place.REPLACED)
-    digest = content_digest(_token(*row) for row in connection.execute(present))
+    hashes = select(files.c.sha256)
+    present = hashes.where(files.c.study_id == study, files.c.place != Place.REPLACED)
+    digest = content_digest(connection.execute(present).scalars())
     if digest == before["digest"]:
         _log(connection, claim.received_at, "duplicate", _about(claim), study)
         return Recorded(study, "duplicate", before["request"])
@@ -520,15 +515,6 @@ def _replace(connection: Connection, claim: ClaimRecord, ledger: Ledger) -> None
 
 def _fingerprint(file: ClaimedFile) -> tuple[int, str, str]:
     return file.size, str(file.mtime_ns), str(file.inode)
-
-
-def _content(file: ClaimedFile) -> str:
-    return _token(file.sha256, file.problem, file.size, str(file.mtime_ns))
-
-
-def _token(sha256: str, problem: str, size: int, mtime_ns: str) -> str:
-    """What stands for a file's content in a digest; one that could not be read is like no other."""
-    return sha256 or f"{problem}:{size}:{mtime_ns}"
 
 
 # ---- rows of one study
@@ -635,16 +621,15 @@ def _show(
 
 
 def _note_problems(connection: Connection, outcomes: Sequence[StudyOutcome]) -> None:
-    """Keep with each readable file why this pass could not score it, or that it could."""
+    """Keep with each file why this pass could not score it, or that it could."""
     for some in chunks([outcome.study_id for outcome in outcomes]):
-        told = and_(files.c.study_id.in_(some), files.c.sha256 != "", files.c.problem != "")
+        told = and_(files.c.study_id.in_(some), files.c.problem != "")
         connection.execute(update(files).where(told).values(problem=""))
     for outcome in outcomes:
         for problem in outcome.problems:
-            if problem.sha256:
-                same = and_(files.c.study_id == outcome.study_id, files.c.sha256 == problem.sha256)
-                why = f"{problem.code}: {problem.message}"
-                connection.execute(update(files).where(same).values(problem=why))
+            same = and_(files.c.study_id == outcome.study_id, files.c.sha256 == problem.sha256)
+            why = f"{problem.code}: {problem.message}"
+            connection.execute(update(files).where(same).values(problem=why))
 
 
 def _chosen(connection: Connection, which: Rerun, named: list[str]) -> list[str]:

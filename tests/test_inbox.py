@@ -157,6 +157,18 @@ def test_ready_marker_ends_the_wait_for_its_folder_and_below(box: Box) -> None:
     assert box.inbox.waiting == 2
 
 
+def test_a_marker_that_stays_says_nothing_of_later_files(tmp_path: Path) -> None:
+    box = Box(tmp_path, seen=lambda _: False, archive="leave", settle_seconds=50.0)
+    box.put("now/a.png")
+    marker = box.put("now/.ready", b"")
+    assert [unit.settled_by for unit in box.scan()] == ["ready"]
+    late = box.put("now/b.png")
+    os.utime(late, ns=(0, marker.stat().st_mtime_ns + 1))
+    assert box.scan(after=1) == []
+    marker.touch()
+    assert [len(unit.files) for unit in box.scan(after=1)] == [2]
+
+
 def test_dicom_study_is_ready_when_all_its_folders_are(box: Box) -> None:
     box.put_dicom("one/1", "1.2.3")
     box.put_dicom("two/1", "1.2.3")
