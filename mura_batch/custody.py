@@ -319,21 +319,32 @@ class Custody:
                     sync_folder(source.parent)
             self._drop_unless_holding(work)
 
-    def discard(self, study_id: str, claim_id: str) -> None:
-        """Delete a claim's files (``archive = "delete"``, after the commit): from work, or from
-        quarantine where all of it lay there.
+    def reopen(self, study_id: str, claim_id: str) -> None:
+        """Take a claim that lies in quarantine as a whole back to work, its reason dropped.
+
+        Raises:
+            Transient: it cannot be moved (full disk, permissions, lost share).
+        """
+        work, _, quarantine = self._folders(study_id, claim_id)
+        with _transient("taken out of quarantine"):
+            if _told(quarantine / _REASON).get("whole"):
+                relocate(quarantine, work, last=_REASON)
+            (work / _REASON).unlink(missing_ok=True)
+        with suppress(OSError):
+            quarantine.parent.rmdir()
+
+    def discard(self, claim_id: str) -> None:
+        """Delete a claim's files from work (``archive = "delete"``, after the commit).
 
         Raises:
             Transient: they cannot be deleted (permissions, lost share).
         """
-        work, _, quarantine = self._folders(study_id, claim_id)
+        folder = self._work / claim_id
         gone = self._work / f".{claim_id}{_GONE}"
         with _transient("deleted"):
-            if work.is_dir():
-                work.rename(gone)
+            if folder.is_dir():
+                folder.rename(gone)
                 sync_folder(self._work)
-            elif _told(quarantine / _REASON).get("whole"):
-                relocate(quarantine, gone, last=_REASON)
             if gone.is_dir():
                 shutil.rmtree(gone)
 

@@ -42,6 +42,7 @@ _IDLE_SHARE = 50  # an idle inbox is scanned for at most 1/50 of the time
 _LONGEST_WAIT = 60.0  # seconds between full scans, whatever they cost
 _WORD_SECONDS = 5.0  # between two words for `status`
 _GATHER_SECONDS = 0.05  # how long claims may gather while studies keep coming
+_DEATHS = 4  # of the program that an attempt stands for: most have other causes than a study
 _LEDGER_SECONDS = 0.5  # how often the ledger is asked for work that others queued
 
 Notify = Callable[[str], object]
@@ -141,7 +142,8 @@ class Daemon:
                 ready = True
             self._notify(ALIVE)
             self._say(inbox)
-            if once and not claimed and not inbox.waiting and not store.busy(datetime.now(UTC)):
+            idle = not (claimed or inbox.waiting or self._unrecorded)
+            if once and idle and not store.busy(datetime.now(UTC)):
                 return
             pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
             if inbox.waiting or once:
@@ -175,6 +177,8 @@ class Daemon:
         self._unrecorded += custody.cut_off()
         self._untaken = custody.held_up
         recorded = self._record(pipeline)
+        if self._unrecorded:  # what the ledger does not know would be claimed once more
+            return recorded
         for candidate in inbox.scan():
             if self._stopping.is_set():
                 break
@@ -230,7 +234,7 @@ _ENDED = (State.DONE, State.QUARANTINED)
 
 def _catch_up(settings: Settings, store: Store, custody: Custody, pipeline: Pipeline) -> None:
     """Finish what an earlier run left between two steps."""
-    if number := store.recover(settings.attempts):
+    if number := store.recover(_DEATHS * settings.attempts):
         log.warning("studies were cut off and are tried again", extra={"studies": number})
     pipeline.receive(custody.pending())
     pipeline.settle_custody(store.unsettled_custody())

@@ -17,7 +17,7 @@ from mura_batch.custody import Candidate, Custody, FoundFile
 from mura_batch.errors import Misconfigured
 from mura_batch.inbox import Inbox
 from mura_batch.pipeline import Pipeline
-from mura_batch.records import Filters, ImageRow, Recorded, Rerun, StoredStudy, StudyRow
+from mura_batch.records import Filters, ImageRow, Place, Recorded, Rerun, StoredStudy, StudyRow
 from mura_batch.scoring import warm_scorer
 from mura_batch.store import Store
 from mura_batch.study import Kind
@@ -97,7 +97,10 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
                 _only_news(received)
             if request.area is not None:
                 store.rerun(Rerun(studies=tuple(studies)), request.area)
-            pipeline.feed(track(store.studies(dict.fromkeys(studies))))
+            found = store.studies(dict.fromkeys(studies))
+            # What the site keeps itself is the daemon's to score: only it may move files.
+            own = [s for s in found if all(file.place is Place.OUTSIDE for file in s.files)]
+            pipeline.feed(track(own))
             pipeline.drain()
         scored = _rows(store, studies)
         if request.overlays is None:

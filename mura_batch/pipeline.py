@@ -162,8 +162,9 @@ class Pipeline:
         for one in recorded:
             log.info("study received", extra={"study": one.study_id, "as": one.outcome})
             _step("recorded", study=one.study_id)
-        known = [one.study_id for one in recorded if one.outcome == "duplicate"]
-        self.settle_custody(self._store.studies(known))
+        known = [one.study_id for one in recorded if one.outcome in {"duplicate", "replayed"}]
+        if not outside:
+            self.settle_custody(self._store.studies(known))
         return recorded
 
     def _claim_record(self, claim: Claim) -> ClaimRecord:
@@ -220,7 +221,8 @@ class Pipeline:
             return
         self._untold.append((stored, error))
         self._tell()
-        self._leave(State.FAILED)
+        again = isinstance(error, Transient) and stored.attempts + 1 < self._settings.attempts
+        self._leave(*(() if again else (State.FAILED,)))
 
     def _tell(self) -> None:
         """Write failures to the ledger; what it does not take now is written with the next."""
@@ -530,8 +532,12 @@ class Pipeline:
     def _release(self, stored: StoredStudy) -> list[Move]:
         """Archive (or delete) a scored study's files; its unreadable ones go to quarantine."""
         moves = []
+        saved = _by_claim(stored, Place.QUARANTINE, whole=False)  # by a person, or a second look
+        for claim in saved:
+            self._custody.reopen(stored.id, claim)
         for file in stored.files:
-            if file.problem and file.place in {Place.WORK, Place.INBOX}:
+            back = file.place is Place.QUARANTINE and file.claim in saved
+            if file.problem and (back or file.place in {Place.WORK, Place.INBOX}):
                 code, _, message = file.problem.partition(": ")
                 reason = _reason(code, message or "this file could not be scored")
                 self._custody.quarantine_file(stored.id, file.claim, file.name, reason)
@@ -541,7 +547,7 @@ class Pipeline:
             self._custody.absolve(stored.id, claim)
         for claim, names in _by_claim(stored, Place.WORK, Place.QUARANTINE, whole=False).items():
             if self._settings.archive == "delete":
-                self._custody.discard(stored.id, claim)
+                self._custody.discard(claim)
                 moves.append(Move(claim, Place.DELETED, names))
             else:
                 self._custody.to_archive(stored.id, claim)

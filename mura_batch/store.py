@@ -390,7 +390,7 @@ def _earlier_folder(connection: Connection, claim: ClaimRecord, late_hours: floa
     same_path = (
         select(studies.c.id, last)
         .select_from(studies.join(files))
-        .where(studies.c.kind == Kind.FOLDER, studies.c.key == masked(claim.key))
+        .where(studies.c.kind == Kind.FOLDER, studies.c.key == _folder_key(claim))
         .group_by(studies.c.id)
         .order_by(last.desc())
     )
@@ -409,10 +409,15 @@ def _uid(claim: ClaimRecord) -> str | None:
     return (claim.key or claim.study_uid) if claim.kind == Kind.DICOM else None
 
 
+def _folder_key(claim: ClaimRecord) -> str:
+    """What makes two folders one: the path in the inbox; outside the site, the whole path."""
+    return masked(os.fspath(Path(claim.root, claim.key)) if claim.root else claim.key)
+
+
 def _new_study(connection: Connection, claim: ClaimRecord) -> str:
     uid = _uid(claim)
     digest = content_digest(file.sha256 for file in claim.files)
-    key = masked(claim.key) if claim.kind == Kind.FOLDER else ""
+    key = _folder_key(claim) if claim.kind == Kind.FOLDER else ""
     name = key or masked(claim.files[0].name)
     parts = (claim.kind, uid) if uid is not None else (claim.kind, name, digest)
     whole = hashlib.sha256("\0".join(parts).encode("utf-8", "backslashreplace")).hexdigest()

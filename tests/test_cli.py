@@ -324,6 +324,26 @@ def test_score_can_save(tmp_path: Path) -> None:
     assert rows(home) == [row]
 
 
+def test_folders_of_one_name_in_two_places_are_two_saved_studies(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", archive="leave")
+    film(home.inbox / "XR_HAND/0.png", 0)
+    assert home.command("watch", "--once").returncode == 0
+    (before,) = rows(home)
+    for number in (1, 2):
+        film(tmp_path / f"{number}/XR_HAND/a.png", number)
+        saved = subprocess.run(
+            [str(PROGRAM), "score", "XR_HAND", "--save"],
+            cwd=tmp_path / str(number),
+            env=home.environment(),
+            check=True,
+            capture_output=True,
+        )
+        assert b"done" in saved.stdout
+    assert len(rows(home)) == 3
+    assert before in rows(home)
+    assert not list((home.path / "quarantine").rglob("*.json"))
+
+
 def test_score_of_a_folder_without_images_says_so(home: Home, tmp_path: Path) -> None:
     empty = home.command("score", str(tmp_path), "--area", "XR_HAND")
     assert empty.returncode == 4

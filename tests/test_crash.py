@@ -113,9 +113,9 @@ def test_a_terminated_daemon_finishes_what_it_began_and_leaves_with_0(tmp_path: 
 
 
 def test_a_study_that_ends_the_program_whenever_it_is_tried_fails(tmp_path: Path) -> None:
-    home = make_home(tmp_path / "home", attempts="2")
+    home = make_home(tmp_path / "home", attempts="1")
     killer = film(home.inbox / "hand.png", 1)
-    for _ in range(2):
+    for _ in range(4):
         killed = home.command("-v", "watch", "--once", KILL_AT="decoded", PYTHONPATH=PATH)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     film(home.inbox / "elbow.png", 2)

@@ -313,9 +313,9 @@ def test_discard_is_finished_after_a_kill(fast: Path) -> None:
         custody = Custody(settings)
         claim = custody.claim(unit(settings))
         assert claim is not None
-        was_killed = killed(nth, lambda c=custody, i=claim.id: c.discard(STUDY, i))
+        was_killed = killed(nth, lambda c=custody, i=claim.id: c.discard(i))
         assert custody.pending() in ([], [claim]), "whole, or gone: never a part of it"
-        custody.discard(STUDY, claim.id)
+        custody.discard(claim.id)
         assert list(settings.work.iterdir()) == []
         with pytest.raises(Misconfigured, match="deleted"):
             custody.locate("deleted", STUDY, claim.id, "loose.dcm")
@@ -372,7 +372,7 @@ def test_leave_hashes_and_moves_nothing(tmp_path: Path) -> None:
         assert custody.locate("inbox", STUDY, claim.id, file.name) == file.path
     assert list(settings.work.iterdir()) == []
     custody.to_archive(STUDY, claim.id)
-    custody.discard(STUDY, claim.id)
+    custody.discard(claim.id)
     custody.to_quarantine(STUDY, claim.id, REASON, sources=list(FILES))
     told = json.loads((settings.quarantine / STUDY / claim.id / "reason.json").read_text())
     assert told["code"] == "truncated"

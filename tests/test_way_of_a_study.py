@@ -434,3 +434,24 @@ def test_claims_that_were_cut_off_are_finished_under_the_watchdog(site: Settings
     Daemon(site, notify=said.append).run(once=True)
     assert said[: said.index(READY)].count(ALIVE) >= 3
     assert [row.state for row in rows(site)] == ["done"]
+
+
+@pytest.mark.parametrize("archive", ["delete", "move"])
+def test_a_bad_view_stays_in_quarantine_when_a_person_saves_its_study(
+    site: Settings, archive: str
+) -> None:
+    site = replace(site, archive=archive)
+    film(site.inbox_dir / "XR_FOOT/p1/good.png", 1)
+    bad = film(site.inbox_dir / "XR_FOOT/p1/bad.png", 2)
+    bad.write_bytes(bad.read_bytes()[:900])
+    refused = run(site)[0]
+    assert kept(site, "quarantine") == ["bad.png", "good.png"]
+    with Store.open(site.database_url) as store:
+        store.rerun(Rerun(studies=(refused.study,)), Area.XR_HAND)
+    (row,) = run(site)
+    assert (row.state, row.views, row.views_failed) == ("done", 2, 1)
+    assert kept(site, "quarantine") == ["bad.png"]
+    assert kept(site, "archive") == (["good.png"] if archive == "move" else [])
+    reason = json.loads(next(site.quarantine.rglob("reason.json")).read_text())
+    assert reason["code"] == "truncated"
+    assert not list(site.work.iterdir())
