@@ -166,4 +166,4 @@ def test_memory_does_not_grow_with_the_rows(stored, tmp_path, monkeypatch, endin
         assert export(many, tmp_path / f"out.{ending}", Filters(decision="negative")) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
+    assert peaks[1] < peaks[0] + 200_000  # bytes; 3,600 more rows would take millions
