@@ -86,7 +86,7 @@ class _Layout:
         """
         if self.photometric == "PALETTE COLOR":
             return 6
-        return 16 if self.allocated > 16 else self.samples * self.allocated // 8  # noqa: PLR2004
+        return 16 if self.allocated > 16 else self.samples * self.allocated // 8  # noqa: PLR2004 - bits
 
 
 def read_dicom(stream: BinaryIO, frame: int) -> NDArray[np.uint8]:

@@ -159,11 +159,11 @@ class Many(Results):
 def test_memory_does_not_grow_with_the_rows(stored, tmp_path, monkeypatch, ending):
     monkeypatch.setattr("mura_batch.export._GROUP", 200)
     peaks = []
-    for count in (400, 4000):
+    for count in (2000, 20_000):  # enough for the collector to have come in both
         many = Many(stored._engine)
         many.count = count
         tracemalloc.start()
         assert export(many, tmp_path / f"out.{ending}", Filters(decision="negative")) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 200_000  # bytes; 3,600 more rows would take millions
+    assert peaks[1] < 1.5 * peaks[0]

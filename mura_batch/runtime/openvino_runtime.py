@@ -23,10 +23,10 @@ from mura_batch.runtime.inference import Inference, memory_watched
 
 # `import openvino` would fork this process to tell a vendor's server of the import; without
 # this package it goes on in silence.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # means: not there
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # Python's own mark for a module that is not there
 
-import openvino  # noqa: E402
-from openvino import opset13 as op  # noqa: E402
+import openvino  # noqa: E402 - after the line above, or it would send
+from openvino import opset13 as op  # noqa: E402 - likewise
 
 Node = Any  # an OpenVINO node or output: the package has no types
 
