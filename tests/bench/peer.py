@@ -29,7 +29,7 @@ from torchvision.models import densenet121
 from torchvision.transforms import functional
 
 BUNDLED = Path(__file__).parents[2] / "mura_batch" / "bundled"
-LONG_SIDE = 560  # pixels of an overlay, as mura-batch's
+LARGEST = 640  # pixels of an overlay's longer side, as mura-batch's
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def read(file: Path) -> Image.Image:
 def overlay(film: Image.Image, heat: NDArray[np.float32]) -> Image.Image:
     """Return the film under its Grad-CAM."""
     film = film.convert("RGB")
-    film.thumbnail((LONG_SIDE, LONG_SIDE))
+    film = film.reduce(-(-max(film.size) // LARGEST))
     spread = np.asarray(Image.fromarray(heat).resize(film.size, Image.Resampling.BILINEAR))
     picture = show_cam_on_image(np.asarray(film, np.float32) / 255, spread, use_rgb=True)
     return Image.fromarray(picture)
