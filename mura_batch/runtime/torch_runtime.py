@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -12,6 +15,12 @@ from mura_batch.errors import Misconfigured
 from mura_batch.network import EvidenceNet, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.inference import Inference, memory_watched
+
+# On the CPU a batch goes in portions to streams of one or few threads each. All threads on one
+# pass wait for each other after every layer, and wait long where decoders need a core too:
+# measured on two cores, 10 images/s with both on a batch of 16, 13 with two streams.
+_PORTION = 4  # views
+_MOST_STREAMS = 8
 
 
 class TorchRuntime:
@@ -29,13 +38,39 @@ class TorchRuntime:
 
     def infer(self, pixels: NDArray[np.uint8]) -> Inference:
         """Score luminance of shape (N, S, S); see :class:`mura_batch.runtime.Runtime`."""
-        with memory_watched(len(pixels), self.device), torch.inference_mode():
+        with memory_watched(len(pixels), self.device):
+            if self.device != "cpu":
+                return self._forward(pixels)
+            size = min(_PORTION, math.ceil(len(pixels) / _stream_count()))
+            portions = [pixels[at : at + size] for at in range(0, len(pixels), size)]
+            done = list(_streams().map(self._forward, portions))
+            return Inference(
+                np.concatenate([part.logits for part in done]),
+                np.concatenate([part.maps for part in done]),
+            )
+
+    def _forward(self, pixels: NDArray[np.uint8]) -> Inference:
+        with torch.inference_mode():
             films = torch.from_numpy(np.require(pixels, requirements="W")).to(self.device)
             images = normalise(films, self._spec.mean, self._spec.std)
             evidence = self._network(images.contiguous(memory_format=torch.channels_last))
             return Inference(
                 evidence.logit.float().cpu().numpy(), evidence.map.float().cpu().numpy()
             )
+
+
+@cache
+def _stream_count() -> int:
+    return min(_MOST_STREAMS, torch.get_num_threads())
+
+
+@cache
+def _streams() -> ThreadPoolExecutor:
+    """Return the streams that all networks of this process share."""
+    threads = torch.get_num_threads() // _stream_count()
+    return ThreadPoolExecutor(
+        _stream_count(), "torch", initializer=lambda: torch.set_num_threads(threads)
+    )
 
 
 def find_device(wanted: str) -> str:
