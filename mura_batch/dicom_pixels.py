@@ -5,6 +5,7 @@ DICOM PS3.3 C.7.6.3 (image pixels); PS3.5 section 8 and annex A (encodings).
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -30,7 +31,7 @@ from mura_batch.dicom_file import (
 )
 from mura_batch.dicom_grey import GreyTable, unsigned_words
 from mura_batch.errors import Transient, UnreadableImage
-from mura_batch.greyscale import grey_of_colour
+from mura_batch.greyscale import grey_of_colour, spare_halvings
 from mura_batch.untrusted import DECODER_ERRORS, LATER, check_size, hush, size_of
 
 _PALETTES = [
@@ -89,13 +90,14 @@ class _Layout:
         return 16 if self.allocated > 16 else self.samples * self.allocated // 8  # noqa: PLR2004 - bits
 
 
-def read_dicom(stream: BinaryIO, frame: int) -> NDArray[np.uint8]:
+def read_dicom(stream: BinaryIO, frame: int, *, enough: int | None = None) -> NDArray[np.uint8]:
     """Return luminance (H, W), 0–255, bone bright, of one frame (from 0) of an opened file.
 
     Grey: stored value → Modality LUT or rescale → first VOI LUT, else first window, else the
     robust range of :func:`mura_batch.greyscale.stretched` → 0–255 → inverted for MONOCHROME1.
     Pixel padding is left out of the range and is black. Colour must be grey within
-    :func:`mura_batch.greyscale.grey_of_colour`'s measure.
+    :func:`mura_batch.greyscale.grey_of_colour`'s measure. ``enough``: see
+    :func:`mura_batch.radiograph.read_luminance`.
 
     Raises:
         UnreadableImage: ``corrupt``, ``too_deep``, ``no_pixels``, ``truncated``, ``too_large``,
@@ -119,7 +121,7 @@ def read_dicom(stream: BinaryIO, frame: int) -> NDArray[np.uint8]:
             "truncated", f"it has no frame {frame + 1}: {layout.frames} are stated"
         )
     if pixels.length is None:
-        stored, precision = _decompressed(stream, header, layout, frame)
+        stored, precision = _decompressed(stream, header, layout, frame, enough)
     else:
         stored, precision = _uncompressed(stream, header, layout, frame), layout.stored
     try:
@@ -239,7 +241,7 @@ def _uncompressed(stream: BinaryIO, header: Header, layout: _Layout, frame: int)
 
 
 def _decompressed(
-    stream: BinaryIO, header: Header, layout: _Layout, frame: int
+    stream: BinaryIO, header: Header, layout: _Layout, frame: int, enough: int | None
 ) -> tuple[NDArray[Any], int]:
     """Return a compressed frame and how many bits of its values count."""
     try:
@@ -255,7 +257,12 @@ def _decompressed(
     try:
         if syntax == RLELossless:
             return _run_lengths(packed, layout), layout.stored
-        array, _ = get_decoder(syntax).as_array(encapsulate([packed]), **_options(layout))
+        halvings = spare_halvings(layout.columns, layout.rows, enough)
+        if halvings and packed.startswith(_J2K_START) and _is_plain_grey(layout, header.dataset):
+            array = _smaller(packed, precision, halvings)
+        else:
+            decoder = get_decoder(syntax)
+            array, _ = decoder.as_array(encapsulate([packed]), **_options(layout))
     except (NotImplementedError, KeyError) as exc:
         raise _wrong_syntax("has no decoder here") from exc
     except DECODER_ERRORS as exc:
@@ -375,6 +382,28 @@ def _run_lengths(packed: bytes, layout: _Layout) -> NDArray[Any]:
     return frame if in_rgb else convert_color_space(frame, layout.photometric, "RGB")
 
 
+def _is_plain_grey(layout: _Layout, dataset: Dataset) -> bool:
+    """Tell whether means of neighbouring values mean something: no palette, no padding."""
+    grey = layout.photometric in {"MONOCHROME1", "MONOCHROME2"}
+    return grey and layout.allocated <= 16 and "PixelPaddingValue" not in dataset  # noqa: PLR2004
+
+
+def _smaller(packed: bytes, precision: int, halvings: int) -> NDArray[Any]:
+    """Decode a grey JPEG 2000 frame without its ``halvings`` finest levels of detail.
+
+    By Pillow, since pydicom's plugins have no way to ask for it. It scales values up to 8 or 16
+    bits, and makes signed ones positive.
+    """
+    with Image.open(io.BytesIO(packed), formats=("JPEG2000",)) as film:
+        film.reduce = halvings  # type: ignore[assignment,method-assign]  # the plugin's own name
+        scaled = np.asarray(film)
+    words = scaled >> (8 * scaled.itemsize - precision)
+    if packed[_J2K_DEPTH] & 0x80:  # of signed values
+        words ^= words.dtype.type(1 << (precision - 1))
+    return words
+
+
+_J2K_DEPTH = 42  # offset of Ssiz in a code stream (ISO 15444-1, A.5.1)
 _J2K_START = b"\xff\x4f\xff\x51"
 
 

@@ -81,6 +81,16 @@ def strips(height: int) -> Iterator[slice]:
     return (slice(start, start + _GATHERED) for start in range(0, height, _GATHERED))
 
 
+_MOST_HALVINGS = 3  # what JPEG can, and JPEG 2000 with its usual five levels
+
+
+def spare_halvings(width: int, height: int, enough: int | None) -> int:
+    """Return how often an image can be halved and keep a longer side of ``enough`` pixels."""
+    if enough is None:
+        return 0
+    return min(_MOST_HALVINGS, max(0, (max(width, height) // enough).bit_length() - 1))
+
+
 _GLANCE = 256  # pixels of the longer side at which colour is judged: evens out chroma noise
 _LEVELS = 32  # steps of brightness, each with its own tint
 _RESIDUAL_LIMIT = 20  # of 255

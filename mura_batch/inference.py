@@ -29,7 +29,8 @@ class ImageScore:
         logit: raw output.
         probability: its sigmoid, 0 to 1, of the target that ``Model.card`` names.
         map: float32 (h, w), signed evidence in logit units; its positive part is the Grad-CAM.
-        box: the region of the image that the network saw, in the image's pixels.
+        box: the region of the image that the network saw, in pixels of the image as it was read
+            (:attr:`mura_batch.preprocessing.Preprocessing.decode`).
     """
 
     logit: float
@@ -73,11 +74,21 @@ class Model:
         Raises:
             UnreadableImage, ValueError: as for :meth:`score`.
         """
-        picture = thumbnail(_luminance(image), score.box)
+        picture = thumbnail(self._luminance(image), score.box)
         return render(picture, score.map, Caption(self.card, score.probability))
 
     def _input(self, image: str | Path | Luminance) -> NetworkInput:
-        return prepare(_luminance(image), self.card.preprocessing)
+        return prepare(self._luminance(image), self.card.preprocessing)
+
+    def _luminance(self, image: str | Path | Luminance) -> Luminance:
+        if not isinstance(image, np.ndarray):
+            return read_luminance(Path(image), enough=self.card.preprocessing.enough)
+        if image.dtype != np.uint8 or image.ndim != 2 or not image.size:  # noqa: PLR2004 - H, W
+            raise ValueError(
+                f"an array of {image.dtype} {image.shape} is no luminance: give uint8 (H, W), bone"
+                " bright, or the file"
+            )
+        return image
 
 
 def load_model(
@@ -113,14 +124,3 @@ def load_model(
     else:
         network, card = load_bundled(area)
     return Model(card, load(network, card.preprocessing, runtime=runtime, device=device))
-
-
-def _luminance(image: str | Path | Luminance) -> Luminance:
-    if not isinstance(image, np.ndarray):
-        return read_luminance(Path(image))
-    if image.dtype != np.uint8 or image.ndim != 2 or not image.size:  # noqa: PLR2004 - H, W
-        raise ValueError(
-            f"an array of {image.dtype} {image.shape} is no luminance: give uint8 (H, W), bone"
-            " bright, or the file"
-        )
-    return image

@@ -18,6 +18,7 @@ from mura_batch.greyscale import (
     eight_bits,
     gathered,
     grey_of_colour,
+    spare_halvings,
     stretched,
     strips,
 )
@@ -25,13 +26,16 @@ from mura_batch.preprocessing import Luminance
 from mura_batch.untrusted import DECODER_ERRORS, check_size, hush, opened, size_of, sniff
 
 
-def read_luminance(path: Path, frame: int = 0) -> Luminance:
+def read_luminance(path: Path, frame: int = 0, *, enough: int | None = None) -> Luminance:
     """Return luminance of shape (H, W), 0–255, bone bright, of a PNG, JPEG or DICOM file.
 
     The content decides what it is, not the name. ``frame`` counts from 0 and is above 0 for
     multi-frame DICOM only. 8-bit grey is kept as it is, and grey in colour channels is weighted
     as Pillow's ``convert("L")`` does. EXIF orientation is applied, transparency is put on black.
     16-bit images: see :func:`mura_batch.greyscale.stretched`, with 0–65535 as the full range.
+
+    Where a longer side of ``enough`` pixels will do, JPEG and grey JPEG 2000 may come out 2, 4 or
+    8 times smaller, but no smaller than that.
 
     Raises:
         UnreadableImage: with the code ``empty``, ``not_an_image``, ``truncated``, ``corrupt``,
@@ -45,20 +49,20 @@ def read_luminance(path: Path, frame: int = 0) -> Luminance:
         if not head:
             raise UnreadableImage("empty", "the file has no content: copy it again")
         if kind == "dicom":
-            return read_dicom(stream, frame)
+            return read_dicom(stream, frame, enough=enough)
         if kind == "other":
             raise UnreadableImage(
                 "not_an_image", "this is no PNG, JPEG or DICOM image: remove or convert it"
             )
         if frame != 0:
             raise UnreadableImage("truncated", f"it has one image and no frame {frame + 1}")
-        return _read_raster(stream)
+        return _read_raster(stream, enough)
 
 
 _LARGEST_RASTER = 1 << 30  # bytes of a PNG or JPEG file
 
 
-def _read_raster(stream: BinaryIO) -> Luminance:
+def _read_raster(stream: BinaryIO, enough: int | None) -> Luminance:
     hush()
     size = size_of(stream)
     if size > _LARGEST_RASTER:
@@ -68,6 +72,8 @@ def _read_raster(stream: BinaryIO) -> Luminance:
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as film:
             check_size(film.width, film.height, size, pixel_bytes=_pixel_bytes(film))
+            if halvings := spare_halvings(film.width, film.height, enough):  # JPEG alone can
+                film.draft(None, (-(-film.width >> halvings), -(-film.height >> halvings)))
             return np.ascontiguousarray(_upright(_grey(film, content), _orientation(film)))
     except Image.DecompressionBombError as exc:
         raise UnreadableImage(

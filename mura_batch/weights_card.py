@@ -184,6 +184,9 @@ class _Members:
         self._left: dict[str, object] = dict(data)
         self._place = place
 
+    def default(self, name: str, value: object) -> None:
+        self._left.setdefault(name, value)
+
     def take(self, name: str) -> object:
         if name not in self._left:
             raise WeightsRefused(f"{self._place}: {name} is missing")
@@ -258,6 +261,7 @@ def _number(value: object, place: str, low: float, high: float) -> float:
 
 
 def _preprocessing(members: _Members) -> Preprocessing:
+    members.default("decode", "full")  # cards from before it was thought of
     size = members.number("size", *_SIZES)
     if not size.is_integer():
         raise WeightsRefused("card: preprocessing: size must be whole pixels")
@@ -267,6 +271,7 @@ def _preprocessing(members: _Members) -> Preprocessing:
         fit=cast('Literal["squash", "pad"]', members.word("fit", ("squash", "pad"))),
         mean=members.three("mean", 0, 1),
         std=members.three("std", 1e-3, 10),
+        decode=cast('Literal["full", "reduced"]', members.word("decode", ("full", "reduced"))),
     )
     members.finish()
     return spec

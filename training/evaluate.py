@@ -62,7 +62,8 @@ def score_exams(
     with torch.inference_mode():
         for start in tqdm(range(0, len(films), batch), desc="scoring", disable=None):
             chunk = films[start : start + batch]
-            pixels = np.stack([prepare(read_luminance(f.path), spec).pixels for f in chunk])
+            films_read = [read_luminance(film.path, enough=spec.enough) for film in chunk]
+            pixels = np.stack([prepare(film, spec).pixels for film in films_read])
             images = normalise(torch.from_numpy(pixels), spec.mean, spec.std)
             logits += network(images).logit.tolist()
     exams: dict[str, list[int]] = {}

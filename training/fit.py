@@ -40,7 +40,9 @@ class FitSettings:
     """
 
     preprocessing: Preprocessing = field(
-        default_factory=lambda: Preprocessing(size=224, crop="foreground", fit="pad")
+        default_factory=lambda: Preprocessing(
+            size=224, crop="foreground", fit="pad", decode="reduced"
+        )
     )
     epochs: tuple[tuple[int, int], ...] = ((128, 12), (160, 8), (224, 4))
     bf16: bool = False
@@ -112,10 +114,10 @@ def _prepared(films: list[Film], cache: Path, spec: Preprocessing) -> NDArray[np
         stored: NDArray[np.uint8] = np.load(cache)
         if stored.shape == (len(films), size, size):
             return stored
-    roomy = Preprocessing(size=size, crop=spec.crop, fit=spec.fit)
+    roomy = Preprocessing(size=size, crop=spec.crop, fit=spec.fit, decode=spec.decode)
     pixels = np.stack(
         [
-            prepare(read_luminance(film.path), roomy).pixels
+            prepare(read_luminance(film.path, enough=roomy.enough), roomy).pixels
             for film in tqdm(films, desc="reading films", disable=None)
         ]
     )
