@@ -270,11 +270,11 @@ def _contenders(say: Say) -> list[_Contender]:
 
 def _sample_pixels() -> NDArray[np.uint8]:
     """Return the sample films as the bundled weights want them, (N, S, S)."""
-    _, card = load_bundled(_WEIGHTS_OF)
+    spec = load_bundled(_WEIGHTS_OF)[1].preprocessing
     with tempfile.TemporaryDirectory(prefix="mura-batch-bench-") as folder:
         drop_samples(Path(folder))
         inputs: list[Luminance] = [
-            prepare(read_luminance(file), card.preprocessing).pixels
+            prepare(read_luminance(file, enough=spec.enough), spec).pixels
             for file in _files(Path(folder))
         ]
     return np.stack(inputs)
@@ -369,6 +369,7 @@ class _Steps(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.first = self.last = 0.0
+        self._images = 0
         self._counts: Counter[str] = Counter()
         self._changed = threading.Condition()
 
@@ -376,8 +377,9 @@ class _Steps(logging.Handler):
         with self._changed:
             self.last = time.perf_counter()
             self.first = self.first or self.last
-            self._counts[record.getMessage()] += 1
-            self._changed.notify_all()
+            self._counts[record.msg] += 1
+            if self._done():
+                self._changed.notify_all()
 
     def forget(self) -> None:
         """Begin anew."""
@@ -393,10 +395,13 @@ class _Steps(logging.Handler):
         """
         running.add_done_callback(lambda _: self._wake())
         with self._changed:
-            while not self._done(images):
+            self._images = images
+            self.last = time.perf_counter()
+            while not self._done():
                 if running.done():
                     running.result()
-                if not self._changed.wait(_PATIENCE):
+                self._changed.wait(_PATIENCE)
+                if time.perf_counter() - self.last > _PATIENCE:
                     raise MuraError(
                         f"bench: the pipeline stands still ({dict(self._counts)});"
                         " see what `mura-batch demo` says"
@@ -406,9 +411,9 @@ class _Steps(logging.Handler):
         with self._changed:
             self._changed.notify_all()
 
-    def _done(self, images: int) -> bool:
+    def _done(self) -> bool:
         taken = self._counts["taken"]
-        return self._counts["scored"] >= images and self._counts["moved"] >= taken
+        return self._counts["scored"] >= self._images and self._counts["moved"] >= taken
 
 
 @contextmanager

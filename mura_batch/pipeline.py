@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from typing import Self
 
@@ -44,6 +44,7 @@ from mura_batch.records import (
     ClaimedFile,
     ClaimRecord,
     FileProblem,
+    Json,
     Move,
     NewResult,
     Place,
@@ -194,14 +195,18 @@ class Pipeline:
     # ---- scoring
 
     def feed(self, studies: Iterable[StoredStudy]) -> None:
-        """Start the studies that were taken from the queue; waits where too much is in flight."""
+        """Start the studies that were taken from the queue; waits where too much is in flight.
+
+        What becomes active meanwhile counts from the next call on.
+        """
         self._tell()
+        active = cache(self._active)
         with self._scorer.feeding():
             for stored in studies:
                 with self._idle:
                     self._in_flight += 1
                 _step("taken", study=stored.id)
-                self._bounded(stored, partial(self._start, stored))
+                self._bounded(stored, partial(self._start, stored, active))
 
     @property
     def idle(self) -> bool:
@@ -241,14 +246,22 @@ class Pipeline:
             code = error.code if isinstance(error, Rejected) else "misconfigured"
             self._fail(stored, code, str(error))
 
-    def _start(self, stored: StoredStudy) -> None:
+    def _active(self, area: Area) -> Card | None:
+        try:
+            return self._weights.active(area)
+        except MuraError as exc:
+            log.warning("weights refused", extra={"area": area, "error": str(exc)})
+            return None
+
+    def _start(self, stored: StoredStudy, active: Callable[[Area], Card | None]) -> None:
         """Decide the areas and send every view that needs a score on its way."""
         if not stored.files:
             why = "other content came under its names before it could be read: see the newer study"
             raise Rejected("replaced", why)
         study = read_study([self._source(stored, file) for file in stored.files])
         answer = PersonAnswer(stored.set_area, stored.set_all) if stored.set_area else None
-        parts = [self._part_job(p, stored) for p in divide(study, self._settings.rules, answer)]
+        divided = divide(study, self._settings.rules, answer)
+        parts = [_part_job(part, stored, active) for part in divided]
         _step("decided", study=stored.id)
         job = _Job(stored, study, parts, any(file.place in _LEFT for file in stored.files))
         for part in parts:
@@ -268,22 +281,6 @@ class Pipeline:
         name = file.source if file.place is Place.OUTSIDE else file.name
         return SourceFile(path, name, file.sha256, file.size, problem)
 
-    def _part_job(self, part: Part, stored: StoredStudy) -> _PartJob:
-        slots = [_Slot(view, error=view.problem) for view in part.views]
-        if part.area is None:
-            return _PartJob(part, slots=slots)
-        try:
-            card = self._weights.active(part.area)
-        except MuraError as exc:
-            log.warning("weights refused", extra={"area": part.area, "error": str(exc)})
-            card = None
-        if card is None:
-            return _PartJob(part, slots=slots)
-        known = stored.scored.get((part.area, card.sha256))
-        if known is not None and not stored.rerun:
-            return _PartJob(part, card, known)
-        return _PartJob(part, card, slots=slots)
-
     def _admit(self, job: _Job, slot: _Slot, card: Card) -> None:
         if not self._window.acquire(blocking=False):
             with self._scorer.pausing():
@@ -297,10 +294,11 @@ class Pipeline:
         """Read one view and hand it to the scorer (a decoder thread)."""
 
         def action() -> None:
-            luminance = read_luminance(slot.view.file.path, slot.view.frame)
+            spec = card.preprocessing
+            luminance = read_luminance(slot.view.file.path, slot.view.frame, enough=spec.enough)
             if job.leaves_files:
                 _still_the_same(slot.view.file)
-            ready = prepare(luminance, card.preprocessing)
+            ready = prepare(luminance, spec)
             picture = thumbnail(luminance, ready.box) if self._settings.overlays else None
             _step("decoded", study=job.stored.id)
             submitted.append((ready.pixels, picture))
@@ -461,7 +459,7 @@ class Pipeline:
         self, job_part: _PartJob, card: Card, logits: Sequence[float], now: datetime
     ) -> NewResult:
         conclusion = conclude(logits, card, self._settings)
-        data = json.loads(card.to_json())
+        data = _card_data(card)
         return NewResult(
             weights=card.sha256,
             card=data,
@@ -476,7 +474,7 @@ class Pipeline:
             preprocessing=data["preprocessing"],
             calibration=data["calibration"],
             runtime=next(s.score.runtime for s in job_part.slots if s.score is not None),
-            version=version("mura-batch"),
+            version=_program_version(),
             scored_at=now,
             views=tuple(_view_outcome(slot) for slot in job_part.slots),
         )
@@ -555,6 +553,17 @@ class Pipeline:
         return moves
 
 
+def _part_job(part: Part, stored: StoredStudy, active: Callable[[Area], Card | None]) -> _PartJob:
+    slots = [_Slot(view, error=view.problem) for view in part.views]
+    card = None if part.area is None else active(part.area)
+    if part.area is None or card is None:
+        return _PartJob(part, slots=slots)
+    known = stored.scored.get((part.area, card.sha256))
+    if known is not None and not stored.rerun:
+        return _PartJob(part, card, known)
+    return _PartJob(part, card, slots=slots)
+
+
 def _attempt(study_id: str, action: Callable[[], None]) -> MuraError | None:
     """Run ``action`` and return what went wrong, as an error of the tree (the study boundary)."""
     try:
@@ -621,6 +630,18 @@ def _view_outcome(slot: _Slot) -> ViewOutcome:
         error_code="" if slot.error is None else slot.error.code,
         error="" if slot.error is None else str(slot.error),
     )
+
+
+@lru_cache(maxsize=len(Area))
+def _card_data(card: Card) -> Json:
+    """Return what a card says as JSON values, the same objects for the same card."""
+    data: Json = json.loads(card.to_json())
+    return data
+
+
+@cache
+def _program_version() -> str:
+    return version("mura-batch")
 
 
 def _no_weights(area: Area, refused: MuraError | None) -> str:
