@@ -9,7 +9,6 @@ are logged at debug level by the logger ``mura_batch.steps`` under these names.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -19,12 +18,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from functools import cache, lru_cache, partial
-from importlib.metadata import version
+from functools import cache, partial
 from typing import Self
 
 from mura_batch.area import Area
-from mura_batch.assessment import Part, PersonAnswer, conclude, divide
+from mura_batch.assessment import PersonAnswer, divide
 from mura_batch.config import Settings
 from mura_batch.custody import Claim, Custody, Reason
 from mura_batch.errors import (
@@ -32,10 +30,10 @@ from mura_batch.errors import (
     NoWeights,
     Rejected,
     Transient,
-    UnsupportedArea,
     WeightsRefused,
 )
 from mura_batch.moves import MAX_BYTES, digest
+from mura_batch.outcome import PartWork, Pass, Slot, part_work, study_outcome
 from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
 from mura_batch.preprocessing import Luminance, prepare
 from mura_batch.radiograph import read_luminance
@@ -43,22 +41,16 @@ from mura_batch.reasons import what_to_do
 from mura_batch.records import (
     ClaimedFile,
     ClaimRecord,
-    FileProblem,
-    Json,
     Move,
-    NewResult,
     Place,
-    ReadingOutcome,
     Recorded,
     State,
     StoredFile,
     StoredStudy,
-    StudyOutcome,
-    ViewOutcome,
 )
 from mura_batch.scoring import Scorer, ViewScore
 from mura_batch.store import Store
-from mura_batch.study import Kind, SourceFile, Study, View, masked, read_study
+from mura_batch.study import Kind, SourceFile, Study, View, read_study
 from mura_batch.weights import Card, WeightsStore
 
 log = logging.getLogger(__name__)
@@ -72,34 +64,20 @@ _VIEWS_IN_FLIGHT = 4  # batches' worth of views between decode and overlay
 
 
 @dataclass(slots=True)
-class _Slot:
-    """One view on its way: its score or the reason why there is none."""
-
-    view: View
-    score: ViewScore | None = None
-    overlay: str | None = None
-    error: Rejected | None = None
-
-
-@dataclass(slots=True)
-class _PartJob:
-    part: Part
-    card: Card | None = None
-    known: int | None = None  # a stored result with the same key
-    slots: list[_Slot] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class _Job:
     """One study on its way through the threads."""
 
     stored: StoredStudy
     study: Study
-    parts: list[_PartJob]
+    parts: list[PartWork]
     leaves_files: bool = False  # where others can still write them
     open_views: int = 1  # one more than the views, until all of them are on their way
     passing: MuraError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def ended(self) -> Pass:
+        """Return what the pass came to."""
+        return Pass(self.stored, self.study, self.parts, self.passing)
 
 
 class Pipeline:
@@ -261,7 +239,7 @@ class Pipeline:
         study = read_study([self._source(stored, file) for file in stored.files])
         answer = PersonAnswer(stored.set_area, stored.set_all) if stored.set_area else None
         divided = divide(study, self._settings.rules, answer)
-        parts = [_part_job(part, stored, active) for part in divided]
+        parts = [part_work(part, stored, active) for part in divided]
         _step("decided", study=stored.id)
         job = _Job(stored, study, parts, any(file.place in _LEFT for file in stored.files))
         for part in parts:
@@ -281,7 +259,7 @@ class Pipeline:
         name = file.source if file.place is Place.OUTSIDE else file.name
         return SourceFile(path, name, file.sha256, file.size, problem)
 
-    def _admit(self, job: _Job, slot: _Slot, card: Card) -> None:
+    def _admit(self, job: _Job, slot: Slot, card: Card) -> None:
         if not self._window.acquire(blocking=False):
             with self._scorer.pausing():
                 self._window.acquire()
@@ -290,7 +268,7 @@ class Pipeline:
         self._scorer.announce(card)
         self._decoders.submit(self._decode, job, slot, card)
 
-    def _decode(self, job: _Job, slot: _Slot, card: Card) -> None:
+    def _decode(self, job: _Job, slot: Slot, card: Card) -> None:
         """Read one view and hand it to the scorer (a decoder thread)."""
 
         def action() -> None:
@@ -316,7 +294,7 @@ class Pipeline:
     def _scored(
         self,
         job: _Job,
-        slot: _Slot,
+        slot: Slot,
         card: Card,
         picture: Thumbnail | None,
         score: Future[ViewScore],
@@ -346,7 +324,7 @@ class Pipeline:
         write_overlay(target, render(picture, score.map, caption, self._settings.overlay_scale))
         return f"{self._settings.overlays_dir.name}/{name}"
 
-    def _view_failed(self, job: _Job, slot: _Slot, error: MuraError) -> None:
+    def _view_failed(self, job: _Job, slot: Slot, error: MuraError) -> None:
         self._window.release()
         if isinstance(error, Rejected):
             slot.error = error
@@ -385,7 +363,7 @@ class Pipeline:
                 raise error
             if job.passing is not None:
                 log.warning("weights refused", extra={"study": job.stored.id})
-        outcomes = [self._outcome(job) for job in jobs]
+        outcomes = [study_outcome(job.ended(), self._settings) for job in jobs]
         self._store.commit(*outcomes)
         for outcome in outcomes:
             _step("committed", study=outcome.study_id)
@@ -398,86 +376,6 @@ class Pipeline:
         self.settle_custody(self._store.studies([job.stored.id for job in jobs]))
         for outcome in outcomes:
             self._leave(*(reading.state for reading in outcome.readings))
-
-    def _outcome(self, job: _Job) -> StudyOutcome:
-        now = datetime.now(UTC)
-        return StudyOutcome(
-            study_id=job.stored.id,
-            request=job.stored.request,
-            digest=job.stored.digest,
-            at=now,
-            readings=tuple(self._reading(part, job, now) for part in _joined(job.parts)),
-            problems=_file_problems(job),
-            events=tuple(
-                ("identifier_conflict", {"sop_instance_uid": uid}) for uid in job.study.conflicts
-            ),
-        )
-
-    def _reading(self, job_part: _PartJob, job: _Job, now: datetime) -> ReadingOutcome:
-        """Say how one area of the study ended."""
-        decision = job_part.part.decision
-        area, source, evidence = decision.area, decision.source, decision.evidence()
-
-        def ended(
-            state: State, code: str = "", reason: str = "", result: NewResult | int | None = None
-        ) -> ReadingOutcome:
-            return ReadingOutcome(
-                area=area,
-                state=state,
-                area_source=source,
-                evidence=evidence,
-                reason_code=code,
-                reason=reason,
-                result=result,
-            )
-
-        def done(result: NewResult | int) -> ReadingOutcome:
-            if not job.study.conflicts:
-                return ended(State.DONE, result=result)
-            told = "files of different content have one SOP Instance UID: all were scored"
-            return ended(State.DONE, "identifier_conflict", told, result)
-
-        if job_part.known is not None:
-            return done(job_part.known)
-        errors = [slot.error for slot in job_part.slots]
-        first = next((error for error in errors if error is not None), None)
-        if first is not None and all(errors):
-            return ended(State.QUARANTINED, first.code, str(first))
-        if decision.outcome == "unsupported":
-            return ended(State.QUARANTINED, "unsupported_area", decision.why)
-        if area is None:
-            answer = f"answer with `mura-batch rerun {job.stored.id} --set-area AREA`"
-            if all(file.place is Place.OUTSIDE for file in job.stored.files):
-                answer = "name it with `--area AREA`"
-            return ended(State.NEEDS_AREA, "needs_area", f"{decision.why}; {answer}")
-        scores = [slot.score.logit for slot in job_part.slots if slot.score is not None]
-        if job_part.card is None or not scores:
-            return ended(State.NO_WEIGHTS, "no_weights", _no_weights(area, job.passing))
-        return done(self._result(job_part, job_part.card, scores, now))
-
-    def _result(
-        self, job_part: _PartJob, card: Card, logits: Sequence[float], now: datetime
-    ) -> NewResult:
-        conclusion = conclude(logits, card, self._settings)
-        data = _card_data(card)
-        return NewResult(
-            weights=card.sha256,
-            card=data,
-            logit=conclusion.logit,
-            probability=conclusion.probability,
-            calibrated=conclusion.calibrated,
-            decision=conclusion.decision,
-            threshold=conclusion.threshold,
-            operating_point=conclusion.operating_point,
-            aggregate=self._settings.aggregate,
-            target=card.target,
-            preprocessing=data["preprocessing"],
-            calibration=data["calibration"],
-            runtime=next(s.score.runtime for s in job_part.slots if s.score is not None),
-            version=_program_version(),
-            scored_at=now,
-            views=tuple(_view_outcome(slot) for slot in job_part.slots),
-        )
 
     def _defer(self, stored: StoredStudy, error: MuraError) -> None:
         attempt = stored.attempts + 1
@@ -553,17 +451,6 @@ class Pipeline:
         return moves
 
 
-def _part_job(part: Part, stored: StoredStudy, active: Callable[[Area], Card | None]) -> _PartJob:
-    slots = [_Slot(view, error=view.problem) for view in part.views]
-    card = None if part.area is None else active(part.area)
-    if part.area is None or card is None:
-        return _PartJob(part, slots=slots)
-    known = stored.scored.get((part.area, card.sha256))
-    if known is not None and not stored.rerun:
-        return _PartJob(part, card, known)
-    return _PartJob(part, card, slots=slots)
-
-
 def _attempt(study_id: str, action: Callable[[], None]) -> MuraError | None:
     """Run ``action`` and return what went wrong, as an error of the tree (the study boundary)."""
     try:
@@ -582,72 +469,6 @@ def _attempt(study_id: str, action: Callable[[], None]) -> MuraError | None:
         log.error("defect in this program", extra={"study": study_id, "error": where})  # noqa: TRY400 - a message could hold what logs must not
         return Rejected("defect", f"a defect in this program: {where}")
     return None
-
-
-def _joined(parts: Sequence[_PartJob]) -> list[_PartJob]:
-    """Return at most one part without an area: what a person can answer stands for all of it."""
-    placed = [part for part in parts if part.part.area is not None]
-    loose = [part for part in parts if part.part.area is None]
-    loose.sort(
-        key=lambda p: (
-            p.part.decision.outcome != "needs_person" or all(slot.error for slot in p.slots)
-        )
-    )
-    return placed + loose[:1]
-
-
-def _file_problems(job: _Job) -> tuple[FileProblem, ...]:
-    """Return the files none of whose views can ever be scored; known parts keep theirs."""
-    before = {file.sha256: file.problem.partition(": ") for file in job.stored.files}
-    by_file: dict[str, list[Rejected | None]] = {}
-    for part in job.parts:
-        for view in part.part.views if part.known is not None else ():
-            code, _, message = before[view.file.sha256]
-            kept = Rejected(code, message) if code else None
-            by_file.setdefault(view.file.sha256, []).append(kept)
-        for slot in part.slots:
-            error = slot.error
-            if error is None and part.part.decision.outcome == "unsupported":
-                error = UnsupportedArea("unsupported_area", part.part.decision.why)
-            by_file.setdefault(slot.view.file.sha256, []).append(error)
-    return tuple(
-        FileProblem(sha256, errors[0].code, str(errors[0]))
-        for sha256, errors in by_file.items()
-        if errors[0] is not None and all(errors)
-    )
-
-
-def _view_outcome(slot: _Slot) -> ViewOutcome:
-    view, score = slot.view, slot.score
-    return ViewOutcome(
-        sha256=view.file.sha256,
-        frame=view.frame,
-        source=masked(view.file.name),
-        sop_instance_uid=view.sop_instance_uid,
-        logit=None if score is None else score.logit,
-        probability=None if score is None else score.probability,
-        overlay=slot.overlay,
-        error_code="" if slot.error is None else slot.error.code,
-        error="" if slot.error is None else str(slot.error),
-    )
-
-
-@lru_cache(maxsize=len(Area))
-def _card_data(card: Card) -> Json:
-    """Return what a card says as JSON values, the same objects for the same card."""
-    data: Json = json.loads(card.to_json())
-    return data
-
-
-@cache
-def _program_version() -> str:
-    return version("mura-batch")
-
-
-def _no_weights(area: Area, refused: MuraError | None) -> str:
-    if refused is not None:
-        return str(refused)
-    return f"no active weights for {area}: run `mura-batch models fetch {area}` or `models import`"
 
 
 def _reason(code: str, message: str) -> Reason:
