@@ -266,10 +266,10 @@ def test_what_others_can_write_is_scored_as_it_was_claimed_or_not_at_all(
     other = film(site.home / "other.png", 2).read_bytes()
     read = pipeline.read_luminance
 
-    def after_a_change(path: Path, frame: int):
+    def after_a_change(path: Path, frame: int, **how: int):
         if path == target and path.read_bytes() != other:
             path.write_bytes(other)
-        return read(path, frame)
+        return read(path, frame, **how)
 
     monkeypatch.setattr(pipeline, "read_luminance", after_a_change)
     while {row.state for row in run(site)} != {"done", "failed"}:
