@@ -57,7 +57,7 @@ from mura_batch.records import (
 )
 from mura_batch.scoring import Scorer, ViewScore
 from mura_batch.store import Store
-from mura_batch.study import Kind, SourceFile, Study, View, masked, read_study
+from mura_batch.study import Kind, SourceFile, Study, View, identify, masked, read_study
 from mura_batch.weights import Card, WeightsStore
 
 log = logging.getLogger(__name__)
@@ -170,8 +170,9 @@ class Pipeline:
     def _claim_record(self, claim: Claim) -> ClaimRecord:
         study_uid = accession = None
         for file in claim.files if claim.kind is Kind.DICOM else claim.files[:1]:
-            header = read_study([file])
-            study_uid, accession = header.study_uid, header.accession
+            if not file.problem:
+                header = identify(file.path)
+                study_uid, accession = header.study_uid, header.accession
             if study_uid:
                 break
         return ClaimRecord(
