@@ -26,7 +26,7 @@ from typing import Self
 from mura_batch.area import Area
 from mura_batch.assessment import Part, PersonAnswer, conclude, divide
 from mura_batch.config import Settings
-from mura_batch.custody import Claim, Custody, Reason
+from mura_batch.custody import Claim, Custody
 from mura_batch.errors import (
     MuraError,
     NoWeights,
@@ -39,7 +39,7 @@ from mura_batch.moves import MAX_BYTES, digest
 from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
 from mura_batch.preprocessing import Luminance, prepare
 from mura_batch.radiograph import read_luminance
-from mura_batch.reasons import what_to_do
+from mura_batch.reasons import Reason, what_to_do
 from mura_batch.records import (
     ClaimedFile,
     ClaimRecord,
