@@ -10,28 +10,30 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_atomic(target: Path, writer: Callable[[BinaryIO], object]) -> None:
+def write_atomic(target: str | Path, writer: Callable[[BinaryIO], object]) -> None:
     """Write ``target`` through a temporary name in its folder: fsync, then ``os.replace``.
 
     A reader sees the old file or the new one; a crash leaves at most a dotfile ending in
     ``.tmp``, which nothing reads. The folder is made where it is missing.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{secrets.token_hex(8)}.tmp"
+    folder = os.path.dirname(target) or "."
+    partial = f"{folder}/.{secrets.token_hex(8)}.tmp"
+    if not os.path.isdir(folder):
+        os.makedirs(folder, exist_ok=True)
     try:
-        with partial.open("wb") as stream:
+        with open(partial, "xb") as stream:
             writer(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, target)
     except BaseException:
         with suppress(FileNotFoundError):
-            partial.unlink()
+            os.unlink(partial)
         raise
-    sync_folder(target.parent)
+    sync_folder(folder)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | Path) -> None:
     """Make renames in ``folder`` durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -8,6 +8,11 @@ from its intent. A finished claim moves as one folder:
     inbox/<name> → work/<claim>/ → archive/<study>/<claim>/
                                  → quarantine/<study>/<claim>/ with reason.json
 
+A power cut must not undo what a later step builds on, so these are fsynced in between: the intent,
+its name and its folder's name before the first file moves; the folders that files were moved into
+before the record is sealed; the folder a claim was moved into before the database says that it is
+there. The inbox is not: a move out of it that the disk forgets is found by the next scan.
+
 With ``archive = "leave"`` nothing moves and ``work/`` stays empty; the database is the ledger.
 """
 
@@ -24,7 +29,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,14 +40,17 @@ from mura_batch.atomic import sync_folder, write_atomic
 from mura_batch.config import Settings
 from mura_batch.errors import Misconfigured, Transient
 from mura_batch.moves import (
+    CARRIED,
     MAX_BYTES,
     digest,
     files_below,
     move,
     relocate,
+    remove_if_there,
     same_content,
     settle_into,
 )
+from mura_batch.reasons import REASON_FILE, Reason, explain, told
 from mura_batch.study import Kind, SourceFile, masked
 
 log = logging.getLogger(__name__)
@@ -51,8 +59,6 @@ SettledBy = Literal["quiet", "ready", "cap"]
 READY = ".ready"
 UNFINISHED = (".*", "*.part", "*.tmp", "*~")
 _RECORD = "claim.json"
-_REASON = "reason.json"
-_CARRIED = ".carried.tmp"
 _GONE = ".gone"
 
 
@@ -122,16 +128,6 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Reason:
-    """Why something lies in quarantine, for a person: no patient data in any field."""
-
-    code: str
-    stage: str
-    message: str
-    what_to_do: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Record:
     """``claim.json``: an intent while ``hashes`` is None, sealed with them afterwards."""
 
@@ -141,7 +137,10 @@ class _Record:
     hashes: tuple[str, ...] | None = None
 
     def to_json(self) -> bytes:
-        fields = dataclasses.asdict(self) | {"received_at": self.received_at.isoformat()}
+        files = [_fields(file) for file in self.candidate.files]
+        candidate = _fields(self.candidate) | {"files": files}
+        received_at = self.received_at.isoformat()
+        fields = _fields(self) | {"received_at": received_at, "candidate": candidate}
         return json.dumps(fields).encode("ascii")
 
     @classmethod
@@ -157,6 +156,11 @@ class _Record:
             candidate,
             None if hashes is None else tuple(hashes),
         )
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """Return a record's fields as they are: ``dataclasses.asdict`` copies all below them too."""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 def ignored_names(globs: Iterable[str]) -> re.Pattern[str]:
@@ -177,13 +181,13 @@ class Custody:
 
     def __init__(self, settings: Settings, *, go_on: Callable[[], bool] = lambda: True) -> None:
         self._go_on = go_on
-        self._inbox = settings.inbox_dir
-        self._work = settings.work
-        self._archive = settings.archive_dir
-        self._quarantine = settings.quarantine
+        self._inbox = os.fspath(settings.inbox_dir)
+        self._work = os.fspath(settings.work)
+        self._archive = os.fspath(settings.archive_dir)
+        self._quarantine = os.fspath(settings.quarantine)
         self._leave = settings.archive == "leave"
         self._ignored = ignored_names((*UNFINISHED, *settings.ignore))
-        self._cut_off: list[Path] = []  # claims in work that this process could not finish
+        self._cut_off: list[str] = []  # claims in work that this process could not finish
 
     def claim(self, candidate: Candidate) -> Claim | None:
         """Take a unit's files out of the inbox (``leave``: hash them where they are).
@@ -199,21 +203,21 @@ class Custody:
         now = datetime.now(UTC)
         claim_id = f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
         files = tuple(f for f in candidate.files if self._takeable(f, candidate.settled_by))
-        record = _Record(claim_id, now, dataclasses.replace(candidate, files=files))
         if not files:
             return None
-        folder = self._work / claim_id
+        record = _Record(claim_id, now, dataclasses.replace(candidate, files=files))
+        folder = f"{self._work}/{claim_id}"
         try:
             if self._leave:
                 return self._claim_in_place(record)
-            folder.mkdir(parents=True)
-            write_atomic(folder / _RECORD, lambda stream: stream.write(record.to_json()))
+            os.makedirs(folder)
+            self._write(record)
             sync_folder(self._work)
             return self._finish(record)
         except OSError as exc:
             with suppress(OSError):
                 self._drop_unless_holding(folder)
-            if folder.is_dir():
+            if os.path.isdir(folder):
                 self._cut_off.append(folder)
             raise Transient(
                 f"a study cannot be taken: {exc.strerror}; check the disks and the permissions"
@@ -229,7 +233,7 @@ class Custody:
         for folder in waiting:
             if (claim := self._resume(folder)) is not None:
                 claims.append(claim)
-            elif folder.is_dir():
+            elif os.path.isdir(folder):
                 self._cut_off.append(folder)
         return claims
 
@@ -244,11 +248,12 @@ class Custody:
         For the start of the program, when nothing else moves. Sealed claims keep the hashes
         they were sealed with, others are hashed now.
         """
-        if not self._work.is_dir():
+        if not os.path.isdir(self._work):
             return []
         claims = []
-        for folder in sorted(self._work.iterdir()):
-            if folder.name.endswith(_GONE):
+        for name in sorted(os.listdir(self._work)):
+            folder = f"{self._work}/{name}"
+            if name.endswith(_GONE):
                 shutil.rmtree(folder, ignore_errors=True)  # deleted by intent, cut off
             elif (claim := self._resume(folder)) is not None:
                 claims.append(claim)
@@ -264,13 +269,13 @@ class Custody:
         """
         work, archive, quarantine = self._folders(study_id, claim_id)
         with _transient("moved to the archive"):
-            if work.is_dir():
-                relocate(work, archive, last=_REASON)
-            elif _told(quarantine / _REASON).get("whole"):
-                relocate(quarantine, archive, last=_REASON)
-            (archive / _REASON).unlink(missing_ok=True)
+            if os.path.isdir(work):
+                relocate(work, archive, last=REASON_FILE)
+            elif told(quarantine).get("whole"):
+                relocate(quarantine, archive, last=REASON_FILE)
+            remove_if_there(f"{archive}/{REASON_FILE}")
         with suppress(OSError):
-            quarantine.parent.rmdir()  # of a study that has nothing more in there
+            os.rmdir(os.path.dirname(quarantine))  # of a study that has nothing more in there
 
     def to_quarantine(
         self, study_id: str, claim_id: str, reason: Reason, *, sources: Iterable[str] = ()
@@ -288,18 +293,18 @@ class Custody:
         note |= dataclasses.asdict(reason)
         if names := [masked(name) for name in sources]:
             note["sources"] = names
-        source = next((place for place in (work, archive) if place.is_dir()), None)
+        source = next((place for place in (work, archive) if os.path.isdir(place)), None)
         with _transient("moved to quarantine"):
-            if source is None or quarantine.is_dir():
-                _explain(quarantine / _REASON, note)
+            if source is None or os.path.isdir(quarantine):
+                explain(quarantine, note)
                 if source is not None:
-                    (source / _REASON).unlink(missing_ok=True)
+                    remove_if_there(f"{source}/{REASON_FILE}")
             else:
-                _explain(source / _REASON, note)
+                explain(source, note)
             if source is not None:
-                relocate(source, quarantine, last=_REASON)
+                relocate(source, quarantine, last=REASON_FILE)
         with suppress(OSError):
-            archive.parent.rmdir()
+            os.rmdir(os.path.dirname(archive))
 
     def quarantine_file(self, study_id: str, claim_id: str, name: str, reason: Reason) -> None:
         """Put one file of a claim in quarantine; the rest of the claim stays where it is.
@@ -311,12 +316,12 @@ class Custody:
         name_id = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
         entry = {"file": masked(name), "id": name_id, **dataclasses.asdict(reason)}
         with _transient("moved to quarantine"):
-            _explain(quarantine / _REASON, {"study": study_id, "claim": claim_id}, entry)
+            explain(quarantine, {"study": study_id, "claim": claim_id}, entry)
             for place in (work, archive):
-                source = place / "files" / name
+                source = f"{place}/files/{name}"
                 if os.path.lexists(source):
-                    settle_into(source, quarantine / "files" / name, quarantine / _CARRIED)
-                    sync_folder(source.parent)
+                    settle_into(source, f"{quarantine}/files/{name}", f"{quarantine}/{CARRIED}")
+                    sync_folder(os.path.dirname(source))
             self._drop_unless_holding(work)
 
     def reopen(self, study_id: str, claim_id: str) -> None:
@@ -327,11 +332,11 @@ class Custody:
         """
         work, _, quarantine = self._folders(study_id, claim_id)
         with _transient("taken out of quarantine"):
-            if _told(quarantine / _REASON).get("whole"):
-                relocate(quarantine, work, last=_REASON)
-            (work / _REASON).unlink(missing_ok=True)
+            if told(quarantine).get("whole"):
+                relocate(quarantine, work, last=REASON_FILE)
+            remove_if_there(f"{work}/{REASON_FILE}")
         with suppress(OSError):
-            quarantine.parent.rmdir()
+            os.rmdir(os.path.dirname(quarantine))
 
     def discard(self, claim_id: str) -> None:
         """Delete a claim's files from work (``archive = "delete"``, after the commit).
@@ -339,13 +344,13 @@ class Custody:
         Raises:
             Transient: they cannot be deleted (permissions, lost share).
         """
-        folder = self._work / claim_id
-        gone = self._work / f".{claim_id}{_GONE}"
+        folder = f"{self._work}/{claim_id}"
+        gone = f"{self._work}/.{claim_id}{_GONE}"
         with _transient("deleted"):
-            if folder.is_dir():
-                folder.rename(gone)
+            if os.path.isdir(folder):
+                os.rename(folder, gone)
                 sync_folder(self._work)
-            if gone.is_dir():
+            if os.path.isdir(gone):
                 shutil.rmtree(gone)
 
     def absolve(self, study_id: str, claim_id: str) -> None:
@@ -355,12 +360,12 @@ class Custody:
             Transient: the quarantine cannot be changed (permissions, lost share).
         """
         _, _, quarantine = self._folders(study_id, claim_id)
-        if _told(quarantine / _REASON).get("whole"):
+        if told(quarantine).get("whole"):
             with _transient("taken out of quarantine"):
-                (quarantine / _REASON).unlink()
-            for folder in (quarantine, quarantine.parent):
+                os.unlink(f"{quarantine}/{REASON_FILE}")
+            for folder in (quarantine, os.path.dirname(quarantine)):
                 with suppress(OSError):
-                    folder.rmdir()
+                    os.rmdir(folder)
 
     def locate(self, place: str, study_id: str, claim_id: str, name: str) -> Path:
         """Return where a file lies: in ``place`` (work, archive, quarantine, inbox, or outside
@@ -371,14 +376,14 @@ class Custody:
             Misconfigured: the file was deleted after its result (``archive = "delete"``).
         """
         work, archive, quarantine = (
-            folder / "files" / name for folder in self._folders(study_id, claim_id)
+            f"{folder}/files/{name}" for folder in self._folders(study_id, claim_id)
         )
         places = {
             "work": work,
             "archive": archive,
             "quarantine": quarantine,
-            "inbox": self._inbox / name,
-            "outside": Path(name),
+            "inbox": f"{self._inbox}/{name}",
+            "outside": name,
         }
         if place not in places:
             raise Misconfigured(
@@ -386,21 +391,19 @@ class Custody:
                 " drop the study in again"
             )
         stated = places[place]
-        return next(
-            (path for path in (stated, work, archive, quarantine) if os.path.lexists(path)),
-            stated,
-        )
+        found = filter(os.path.lexists, (stated, work, archive, quarantine))
+        return Path(next(found, stated))
 
-    def _folders(self, study_id: str, claim_id: str) -> tuple[Path, Path, Path]:
+    def _folders(self, study_id: str, claim_id: str) -> tuple[str, str, str]:
         return (
-            self._work / claim_id,
-            self._archive / study_id / claim_id,
-            self._quarantine / study_id / claim_id,
+            f"{self._work}/{claim_id}",
+            f"{self._archive}/{study_id}/{claim_id}",
+            f"{self._quarantine}/{study_id}/{claim_id}",
         )
 
     def _takeable(self, found: FoundFile, settled_by: SettledBy) -> bool:
         try:
-            status = os.lstat(self._inbox / found.name)
+            status = os.lstat(f"{self._inbox}/{found.name}")
         except OSError:
             return False
         return found.like(status) if settled_by == "cap" else found.describes(status)
@@ -418,7 +421,7 @@ class Custody:
             OSError: why the last file was refused, when no file could be moved; or the program
                 is told to stop.
         """
-        folder = self._work / record.id
+        folder = f"{self._work}/{record.id}"
         refused: OSError | None = None
         for found in record.candidate.files:
             self._stop_if_told()
@@ -428,7 +431,7 @@ class Custody:
                 refused = exc
                 log.warning("claim %s leaves a file in the inbox: %s", record.id, exc.strerror)
         self._remove_emptied(found.name for found in record.candidate.files)
-        held = self._held(folder / "files", record.candidate.files)
+        held = self._held(f"{folder}/files", record.candidate.files)
         if held:
             self._seal(record, held)
             return _as_claim(record, held)
@@ -448,78 +451,85 @@ class Custody:
             candidate=dataclasses.replace(record.candidate, files=files),
             hashes=tuple(file.sha256 for _, file in held),
         )
-        folder = self._work / record.id
+        root = f"{self._work}/{record.id}/files"
         try:
-            for place in {file.path.parent for _, file in held} | {folder / "files"}:
+            for place in {os.path.dirname(file.path) for _, file in held} | {root}:
                 sync_folder(place)
-            write_atomic(folder / _RECORD, lambda stream: stream.write(sealed.to_json()))
+            self._write(sealed)
         except OSError as exc:
             log.warning("claim %s is not sealed: %s", record.id, exc.strerror)
 
-    def _take(self, found: FoundFile, folder: Path, settled_by: SettledBy) -> None:
+    def _write(self, record: _Record) -> None:
+        content = record.to_json()
+        write_atomic(f"{self._work}/{record.id}/{_RECORD}", lambda stream: stream.write(content))
+
+    def _take(self, found: FoundFile, folder: str, settled_by: SettledBy) -> None:
         """Move one file into the claim, or finish having moved it."""
-        source, target = self._inbox / found.name, folder / "files" / found.name
+        source, target = f"{self._inbox}/{found.name}", f"{folder}/files/{found.name}"
         if os.path.lexists(target):
             # Another file of that name may have come since. One that is still the very same
             # was copied from another file system, and the copy was cut off before the unlink.
             if self._takeable(found, "quiet") and same_content(source, target):
-                source.unlink()
+                os.unlink(source)
             return
         if not self._takeable(found, settled_by):
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
+        place = os.path.dirname(target)
+        if not os.path.isdir(place):
+            os.makedirs(place)
         with suppress(FileNotFoundError):
-            if found.size > MAX_BYTES and os.lstat(source).st_dev != target.parent.stat().st_dev:
+            if found.size > MAX_BYTES and os.lstat(source).st_dev != os.stat(place).st_dev:
                 raise OSError(errno.EFBIG, "too large to be copied from another file system")
-            move(source, target, folder / _CARRIED, lambda: self._takeable(found, settled_by))
+            move(source, target, f"{folder}/{CARRIED}", lambda: self._takeable(found, settled_by))
 
     def _stop_if_told(self) -> None:
         if not self._go_on():
             raise InterruptedError(errno.ECANCELED, "the program is told to stop")
 
-    def _held(self, root: Path, files: Iterable[FoundFile]) -> list[_Holding]:
+    def _held(self, root: str, files: Iterable[FoundFile]) -> list[_Holding]:
         """Hash those of ``files`` that lie below ``root``; sizes and problems as they are now."""
         held = []
         for found in files:
             self._stop_if_told()
-            path = root / found.name
+            path = f"{root}/{found.name}"
             with suppress(FileNotFoundError):
                 status = os.lstat(path)
                 sha256, problem = digest(path, found.name, status)
                 now = dataclasses.replace(
                     found, size=status.st_size, mtime_ns=status.st_mtime_ns, problem=problem
                 )
-                file = SourceFile(path, found.name, sha256, status.st_size, problem)
+                file = SourceFile(Path(path), found.name, sha256, status.st_size, problem)
                 held.append((now, file))
         return held
 
-    def _resume(self, folder: Path) -> Claim | None:
+    def _resume(self, folder: str) -> Claim | None:
         """Return the claim in ``folder``, finished if it was cut off; None if it holds nothing."""
         try:
-            for partial in folder.glob("*.tmp"):
+            for partial in Path(folder).glob("*.tmp"):
                 partial.unlink()
-            record = _Record.from_json((folder / _RECORD).read_bytes())
+            record = _Record.from_json(Path(folder, _RECORD).read_bytes())
             if record.hashes is None:
                 return self._finish(record)
         except FileNotFoundError:
             self._drop_unless_holding(folder)
             return None
         except OSError as exc:
-            log.warning("claim %s stays cut off: %s", folder.name, exc.strerror)
+            log.warning("claim %s stays cut off: %s", os.path.basename(folder), exc.strerror)
             return None
         except (ValueError, KeyError, TypeError):
-            log.warning("claim %s has no readable record; its files are kept", folder.name)
+            name = os.path.basename(folder)
+            log.warning("claim %s has no readable record; its files are kept", name)
             return None
         kept = [
-            (f, SourceFile(folder / "files" / f.name, f.name, sha256, f.size, f.problem))
+            (f, SourceFile(path, f.name, sha256, f.size, f.problem))
             for f, sha256 in zip(record.candidate.files, record.hashes, strict=True)
-            if os.path.lexists(folder / "files" / f.name)
+            if os.path.lexists(path := Path(folder, "files", f.name))
         ]
         return _as_claim(record, kept) if kept else None
 
-    def _drop_unless_holding(self, folder: Path) -> None:
+    def _drop_unless_holding(self, folder: str) -> None:
         """Remove a claim's folder when no source file lies in it."""
-        if folder.is_dir() and next(files_below(folder / "files"), None) is None:
+        if os.path.isdir(folder) and next(files_below(f"{folder}/files"), None) is None:
             shutil.rmtree(folder)
 
     def _remove_emptied(self, names: Iterable[str]) -> None:
@@ -527,16 +537,16 @@ class Custody:
         folders = {name.rpartition("/")[0] for name in names}
         for relative in sorted(folders, key=lambda folder: -folder.count("/")):
             rest = relative
-            while rest and self._remove_folder(self._inbox / rest):
+            while rest and self._remove_folder(f"{self._inbox}/{rest}"):
                 rest = rest.rpartition("/")[0]
 
-    def _remove_folder(self, folder: Path) -> bool:
+    def _remove_folder(self, folder: str) -> bool:
         """Remove ``folder`` if it is empty but for its marker; whether it is gone."""
+        marker = f"{folder}/{READY}"
         try:
-            names = [path.name for path in folder.iterdir()]
-            if READY in names and all(map(self._ignored.match, names)):
-                (folder / READY).unlink()
-            folder.rmdir()
+            if os.path.lexists(marker) and all(map(self._ignored.match, os.listdir(folder))):
+                os.unlink(marker)
+            os.rmdir(folder)
         except FileNotFoundError:
             return True
         except OSError:
@@ -557,33 +567,6 @@ def _as_claim(record: _Record, held: Sequence[_Holding]) -> Claim:
         files=tuple(file for _, file in held),
         fingerprints=tuple(found for found, _ in held),
     )
-
-
-def _explain(
-    path: Path, note: Mapping[str, object], entry: Mapping[str, str] | None = None
-) -> None:
-    """Write ``reason.json`` whole: ``note`` over what it says already, one ``entry`` a file.
-
-    ``whole`` says that the claim as a whole is in quarantine. The ``code``, ``stage``,
-    ``message`` and ``what_to_do`` are the claim's then, else its first file's.
-    """
-    told = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **_told(path), **note}
-    if entry is not None:
-        entries = {known["id"]: known for known in told.get("files", [])} | {entry["id"]: entry}
-        told["files"] = list(entries.values())
-        told = {key: entry[key] for key in _REASON_FIELDS} | told
-    text = json.dumps(told, indent=1, ensure_ascii=False)
-    write_atomic(path, lambda stream: stream.write(text.encode(errors="backslashreplace")))
-
-
-def _told(path: Path) -> dict[str, Any]:
-    """Return what ``reason.json`` says; nothing where there is none, or a spoilt one."""
-    with suppress(FileNotFoundError, ValueError):
-        return dict(json.loads(path.read_bytes()))
-    return {}
-
-
-_REASON_FIELDS = tuple(field.name for field in dataclasses.fields(Reason))
 
 
 @contextmanager

@@ -30,7 +30,15 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, Self
 
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    DirCreatedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
@@ -53,7 +61,7 @@ BLOCKED = (
     " and lie no more than 64 deep"
 )
 _Key = tuple[Kind, str]
-_NEWS = frozenset({"created", "modified", "moved", "closed"})
+_NEWS = [DirCreatedEvent, DirMovedEvent, FileCreatedEvent, FileMovedEvent, FileClosedEvent]
 _DEEPEST = 64  # folders in each other; no tree of studies has a third of that
 
 
@@ -394,7 +402,9 @@ class Wakeup:
             _hush()
             self._hook, threading.excepthook = threading.excepthook, self._thread_ended
             observer = Observer()
-            observer.schedule(_Hint(self._news), os.fspath(self._inbox), recursive=True)
+            observer.schedule(
+                _Hint(self._news), os.fspath(self._inbox), recursive=True, event_filter=_NEWS
+            )
             try:
                 observer.start()
             except Exception as exc:  # noqa: BLE001 - limits on watches, trees too deep: events are hints
@@ -462,13 +472,16 @@ _TALKATIVE = r"watchdog(\.|$)"
 
 
 class _Hint(FileSystemEventHandler):
-    """Says that there is news, and nothing else: an exception here would end all events."""
+    """Says that there is news, and nothing else: an exception here would end all events.
+
+    It is told of what comes, and of what is closed after writing. Reading and taking files out
+    is what the scan and the claims do themselves; while a file is being written, every write
+    would be an event, and the scans that go on until it has settled see it grow.
+    """
 
     def __init__(self, news: SimpleQueue[None]) -> None:
         self._news = news
 
-    def on_any_event(self, event: FileSystemEvent) -> None:
-        # Reading and taking files out is what the scan and the claims do themselves.
-        ours = event.is_directory and event.event_type == "modified"
-        if event.event_type in _NEWS and not ours and self._news.empty():
+    def on_any_event(self, event: FileSystemEvent) -> None:  # noqa: ARG002 - that it came is all
+        if self._news.empty():
             self._news.put(None)

@@ -24,7 +24,7 @@ from typing import Self
 from mura_batch.area import Area
 from mura_batch.assessment import PersonAnswer, divide
 from mura_batch.config import Settings
-from mura_batch.custody import Claim, Custody, Reason
+from mura_batch.custody import Claim, Custody
 from mura_batch.errors import (
     MuraError,
     NoWeights,
@@ -37,7 +37,7 @@ from mura_batch.outcome import PartWork, Pass, Slot, part_work, study_outcome
 from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
 from mura_batch.preprocessing import Luminance, prepare
 from mura_batch.radiograph import read_luminance
-from mura_batch.reasons import what_to_do
+from mura_batch.reasons import Reason, what_to_do
 from mura_batch.records import (
     ClaimedFile,
     ClaimRecord,
@@ -50,7 +50,7 @@ from mura_batch.records import (
 )
 from mura_batch.scoring import Scorer, ViewScore
 from mura_batch.store import Store
-from mura_batch.study import Kind, SourceFile, Study, View, read_study
+from mura_batch.study import Kind, SourceFile, Study, View, identify, read_study
 from mura_batch.weights import Card, WeightsStore
 
 log = logging.getLogger(__name__)
@@ -149,8 +149,9 @@ class Pipeline:
     def _claim_record(self, claim: Claim) -> ClaimRecord:
         study_uid = accession = None
         for file in claim.files if claim.kind is Kind.DICOM else claim.files[:1]:
-            header = read_study([file])
-            study_uid, accession = header.study_uid, header.accession
+            if not file.problem:
+                header = identify(file.path)
+                study_uid, accession = header.study_uid, header.accession
             if study_uid:
                 break
         return ClaimRecord(

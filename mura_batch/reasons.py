@@ -1,6 +1,58 @@
-"""What to do about a study or file that could not be scored, by the code of its reason."""
+"""Why something lies in quarantine and what to do about it: ``reason.json``, for a person."""
 
 from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mura_batch.atomic import write_atomic
+
+REASON_FILE = "reason.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why something lies in quarantine, for a person: no patient data in any field."""
+
+    code: str
+    stage: str
+    message: str
+    what_to_do: str
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Reason))
+
+
+def explain(
+    folder: str, note: Mapping[str, object], entry: Mapping[str, str] | None = None
+) -> None:
+    """Write ``reason.json`` whole: ``note`` over what it says already, one ``entry`` a file.
+
+    ``whole`` says that the claim as a whole is in quarantine. The ``code``, ``stage``,
+    ``message`` and ``what_to_do`` are the claim's then, else its first file's.
+    """
+    known = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **told(folder), **note}
+    if entry is not None:
+        entries = {file["id"]: file for file in known.get("files", [])} | {entry["id"]: entry}
+        known["files"] = list(entries.values())
+        known = {key: entry[key] for key in _FIELDS} | known
+    text = json.dumps(known, indent=1, ensure_ascii=False)
+    content = text.encode(errors="backslashreplace")
+    write_atomic(Path(folder, REASON_FILE), lambda stream: stream.write(content))
+
+
+def told(folder: str) -> dict[str, Any]:
+    """Return what ``reason.json`` says; nothing where there is none, or a spoilt one."""
+    with suppress(FileNotFoundError, ValueError):
+        return dict(json.loads(Path(folder, REASON_FILE).read_bytes()))
+    return {}
+
 
 _ADVICE = {
     "unsupported_area": "not one of the seven areas: nothing to do, or set the area by hand with"

@@ -93,13 +93,25 @@ class Peek:
 
     kind: Literal["dicom", "raster", "other"]
     study_uid: str | None
+    accession: str | None = None
 
 
 def peek(path: Path) -> Peek:
+    """Say what a file is like :func:`identify`, or ``other``; nothing is raised."""
+    try:
+        return identify(path)
+    except Transient:
+        return Peek("other", None)
+
+
+def identify(path: Path) -> Peek:
     """Say what a file is from its first bytes, by content and never by its name.
 
     Of DICOM no more is read than the header up to the Study Instance UID. Hostile or vanished
-    files give no UID, or ``other``; nothing is raised.
+    files give no UID, or ``other``.
+
+    Raises:
+        Transient: the file system failed, not the file.
     """
     kind: Literal["dicom", "raster", "other"] = "other"
     try:
@@ -108,13 +120,13 @@ def peek(path: Path) -> Peek:
             if kind != "dicom":
                 return Peek(kind, None)
             dicom_file = _dicom_file()
-            header = dicom_file.read_header(stream, _GROUPED_BY, last=_GROUPED_BY[0])
-            return Peek(kind, dicom_file.uid(header.dataset, _GROUPED_BY[0]))
-    except (Rejected, Transient):
+            dataset = dicom_file.read_header(stream, _IDENTIFIERS, last="StudyInstanceUID").dataset
+            return Peek(kind, *_identifiers(dicom_file, dataset))
+    except Rejected:
         return Peek(kind, None)
 
 
-_GROUPED_BY = ("StudyInstanceUID",)
+_IDENTIFIERS = ("SpecificCharacterSet", "AccessionNumber", "StudyInstanceUID")
 _KINDS: dict[Format, Literal["dicom", "raster", "other"]] = {
     "png": "raster",
     "jpeg": "raster",
@@ -226,8 +238,13 @@ def _read_dicom(file: SourceFile, stream: BinaryIO, path_clues: tuple[Clue, ...]
         )
         for frame in range(1 if problem else frames)
     )
+    return _Found(views, *_identifiers(dicom_file, dataset))
+
+
+def _identifiers(dicom_file: Any, dataset: Any) -> tuple[str | None, str | None]:
+    """Return the Study Instance UID and the accession number, fit to be shown."""
     accession = masked(dicom_file.text(dataset, "AccessionNumber"))[:64]
-    return _Found(views, dicom_file.uid(dataset, "StudyInstanceUID"), accession or None)
+    return dicom_file.uid(dataset, "StudyInstanceUID"), accession or None
 
 
 # Text that may name the body part, strongest first.
@@ -243,10 +260,8 @@ _TEXTS = {
 _MOST_ITEMS = 16  # of a sequence are read: honest ones have one or two
 _PROCEDURE_CODES = ("PerformedProtocolCodeSequence", "ProcedureCodeSequence")
 _KEYWORDS = (
-    *_GROUPED_BY,
-    "SpecificCharacterSet",
+    *_IDENTIFIERS,
     "SOPInstanceUID",
-    "AccessionNumber",
     "NumberOfFrames",
     "AnatomicRegionSequence",
     "RequestAttributesSequence",

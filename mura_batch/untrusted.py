@@ -160,6 +160,9 @@ _TALKATIVE = (
 )
 
 
+_SILENT = logging.CRITICAL + 1
+
+
 def hush() -> None:
     """Keep the codecs' warnings out of standard error and logs: they quote header values.
 
@@ -168,4 +171,6 @@ def hush() -> None:
     """
     if getattr(next(iter(warnings.filters), (None,) * 4)[3], "pattern", "") != _TALKATIVE:
         warnings.filterwarnings("ignore", module=_TALKATIVE)
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    pydicom = logging.getLogger("pydicom")
+    if pydicom.level != _SILENT:  # setting it makes every logger of the process ask anew
+        pydicom.setLevel(_SILENT)

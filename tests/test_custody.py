@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from mura_batch import moves
 from mura_batch.config import Settings
-from mura_batch.custody import Candidate, Claim, Custody, FoundFile, Reason, _Record
+from mura_batch.custody import Candidate, Claim, Custody, FoundFile, _Record
 from mura_batch.errors import Misconfigured, Transient
+from mura_batch.reasons import Reason
 from mura_batch.study import Kind
 
 STEPS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "symlink", "mknod", "utime")
@@ -196,6 +197,41 @@ def test_claim_ids_sort_by_time_and_differ(tmp_path: Path) -> None:
         candidate = Candidate(Kind.FILE, "a.png", (found(settings, "a.png"),), "quiet")
         ids.append(Custody(settings).claim(candidate).id)
     assert ids == sorted(set(ids))
+
+
+def test_what_a_power_cut_must_not_undo_is_synced_before_what_builds_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = fresh(tmp_path, None, 0)
+    synced: list[Path] = []  # since the last rename
+    renames: list[tuple[str, list[Path]]] = []
+
+    def renaming(step: Callable[..., None]) -> Callable[..., None]:
+        def run(source: str, target: str) -> None:
+            step(source, target)
+            renames.append((os.fspath(target), synced.copy()))
+            synced.clear()
+
+        return run
+
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+    )
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, renaming(getattr(os, name)))
+    custody = Custody(settings)
+    claim = custody.claim(unit(settings))
+    custody.to_archive(STUDY, claim.id)
+    folder, archive = settings.work / claim.id, settings.archive_dir / STUDY
+    intent, first, *others, seal, archived = renames
+    assert intent[0] == seal[0] == os.fspath(folder / "claim.json")
+    assert [path.suffix for path in intent[1]] == [".tmp"], "its content comes before its name"
+    assert first[1] == [folder, settings.work]
+    assert [moved for _, moved in others] == [[]] * (len(FILES) - 1)
+    places = {file.path.parent for file in claim.files} | {folder / "files"}
+    assert {path.suffix or path for path in seal[1]} == {".tmp"} | places
+    assert archived == (os.fspath(archive / claim.id), [folder])
+    assert set(synced) == {archive, settings.work}
 
 
 @CROSSING

@@ -520,6 +520,17 @@ def test_new_files_end_the_wait_and_our_own_work_does_not(box: Box) -> None:
     assert wakeup.mode == "polling"
 
 
+def test_a_file_wakes_when_it_comes_and_when_it_is_whole_not_at_every_write(box: Box) -> None:
+    with Wakeup(box.settings) as wakeup, box.put("slow.png").open("ab") as stream:
+        quiet(wakeup)
+        for _ in range(5):
+            stream.write(b"more")
+            stream.flush()
+        assert waited(wakeup, 1) >= 0.9
+        stream.close()
+        assert waited(wakeup) < 10
+
+
 def test_polling_waits_without_events_and_can_be_ended(box: Box, tmp_path: Path) -> None:
     with Wakeup(Box(tmp_path, watch="polling").settings) as wakeup:
         assert wakeup.mode == "polling"
