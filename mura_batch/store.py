@@ -10,8 +10,8 @@ import hashlib
 import os
 import posixpath
 import threading
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,14 +20,13 @@ from typing import Any, ClassVar
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Row,
     and_,
     bindparam,
-    delete,
     func,
     insert,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.engine import Engine
@@ -43,7 +42,6 @@ from mura_batch.records import (
     LabelRow,
     Move,
     Place,
-    ReadingOutcome,
     Recorded,
     Rerun,
     State,
@@ -52,15 +50,16 @@ from mura_batch.records import (
     Work,
 )
 from mura_batch.results import (
+    AMONG,
     Results,
+    among,
     chunks,
     conditions,
-    is_due,
     is_stale,
     resolve,
     stored_studies,
 )
-from mura_batch.revisions import Revisions
+from mura_batch.revisions import Placed, Revisions
 from mura_batch.schema import events, files, labels, readings, results, studies
 from mura_batch.study import Kind, content_digest, masked
 
@@ -68,6 +67,37 @@ _WAITING = (State.NEEDS_AREA, State.NO_WEIGHTS)
 _GONE = (Place.DELETED, Place.REPLACED)
 _INTERRUPTED = "the program ended while this study was under way: it is tried again, alone"
 Ledger = dict[bytes, tuple[int, str, str]]  # raw name → size, mtime_ns, inode
+
+_ASKED = select(
+    studies.c.id,
+    studies.c.digest,
+    studies.c.received_at,
+    studies.c.request,
+    studies.c.attempts,
+    studies.c.rerun,
+).where(studies.c.id.in_(AMONG))
+_DUE = and_(  # queued, and not waiting for a retry
+    studies.c.work == Work.QUEUED,
+    or_(studies.c.not_before.is_(None), studies.c.not_before <= bindparam("now")),
+)
+_CUT_OFF = studies.c.last_error.is_not_distinct_from(_INTERRUPTED)
+_LONGEST = (studies.c.received_at, studies.c.id)
+_NEXT = select(studies.c.id).where(_DUE).limit(bindparam("limit"))
+_USUAL = _NEXT.where(~_CUT_OFF).order_by(studies.c.rerun, *_LONGEST)
+_ALONE = _NEXT.where(_CUT_OFF).order_by(studies.c.attempts, *_LONGEST)
+_BUSY = select(studies.c.id).where(or_(studies.c.work == Work.RUNNING, _DUE)).limit(1)
+_RUNNING = update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.RUNNING)
+_OF_CLAIMS = select(
+    files.c.id, files.c.study_id, files.c.claim, files.c.raw_name, files.c.place
+).where(files.c.claim.in_(AMONG))
+_LIES = update(files).where(files.c.id == bindparam("number"))
+_NO_TRY = {"attempts": 0, "last_error": None, "not_before": None}
+_SETTLED = (
+    update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.SETTLED, rerun=False, **_NO_TRY)
+)
+_ONCE_MORE = update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.QUEUED, **_NO_TRY)
+_SOUND = update(files).where(files.c.study_id.in_(AMONG), files.c.problem != "").values(problem="")
+_EVENTS = insert(events)
 
 
 class Store(Results):
@@ -122,27 +152,27 @@ class Store(Results):
         stated = {
             (move.claim, os.fsencode(name)): move.place for move in moves for name in move.names
         }
-        columns = (files.c.id, files.c.study_id, files.c.claim, files.c.raw_name, files.c.place)
-        named = tuple_(files.c.claim, files.c.raw_name)
-        changed: dict[Place, list[int]] = {}
-        count: Counter[tuple[str, str, Place]] = Counter()
+        changed = defaultdict[tuple[str, str, Place], list[int]](list)
         with self._write() as connection:
-            for some in chunks(list(stated)):
-                for row in connection.execute(select(*columns).where(named.in_(some))):
-                    place = stated[row.claim, row.raw_name]
-                    if row.place != place:
-                        changed.setdefault(place, []).append(row.id)
-                        count[row.study_id, row.claim, place] += 1
-            for place, numbers in changed.items():
-                for few in chunks(numbers):
-                    lies = update(files).where(files.c.id.in_(few)).values(place=place)
-                    connection.execute(lies)
+            claims = list({move.claim for move in moves})
+            for number, study, claim, name, lay in among(connection, _OF_CLAIMS, claims):
+                place = stated.get((claim, name), Place(lay))
+                if place != lay:
+                    changed[study, claim, place].append(number)
+            if not changed:
+                return
+            lies = [
+                {"number": number, "place": place}
+                for (_, _, place), numbers in changed.items()
+                for number in numbers
+            ]
+            connection.execute(_LIES, lies)
             now = datetime.now(UTC)
             _log_all(
                 connection,
                 (
-                    (now, "moved", {"claim": claim, "place": place, "files": number}, study)
-                    for (study, claim, place), number in count.items()
+                    (now, "moved", {"claim": claim, "place": place, "files": len(numbers)}, study)
+                    for (study, claim, place), numbers in changed.items()
                 ),
             )
 
@@ -170,26 +200,18 @@ class Store(Results):
         when a process was killed come after all others, one at a time, and only where nothing
         else is under way (``idle``): so that the one that ends the program is found.
         """
-        due = select(studies.c.id).where(is_due(now))
-        interrupted = studies.c.last_error.is_not_distinct_from(_INTERRUPTED)
-        longest = (studies.c.received_at, studies.c.id)
-        usual = due.where(~interrupted).order_by(studies.c.rerun, *longest).limit(limit)
-        alone = due.where(interrupted).order_by(studies.c.attempts, *longest).limit(1)
         with self._write() as connection:
-            ids = list(connection.execute(usual).scalars())
+            ids = connection.execute(_USUAL, {"now": now, "limit": limit}).scalars().all()
             if not ids and idle:
-                ids = list(connection.execute(alone).scalars())
-            if not ids:
-                return []
-            running = update(studies).where(studies.c.id.in_(ids)).values(work=Work.RUNNING)
-            connection.execute(running)
+                ids = connection.execute(_ALONE, {"now": now, "limit": 1}).scalars().all()
+            for some in chunks(ids):
+                connection.execute(_RUNNING, {AMONG.key: some})
             return stored_studies(connection, ids)
 
     def busy(self, now: datetime) -> bool:
         """Return whether any study is running, or queued and due."""
-        wanted = select(studies.c.id).where(or_(studies.c.work == Work.RUNNING, is_due(now)))
         with reading(self._engine) as connection:
-            return connection.execute(wanted.limit(1)).first() is not None
+            return connection.execute(_BUSY, {"now": now}).first() is not None
 
     def recover(self, most: int) -> int:
         """Queue again what an earlier process was running; return how many.
@@ -215,12 +237,12 @@ class Store(Results):
                 queued.values(attempts=studies.c.attempts + 1, **again)
             ).rowcount
 
-    def commit(self, *outcomes: StudyOutcome) -> None:
+    def commit(self, *outcomes: StudyOutcome) -> list[StoredStudy]:
         """Store what one pass over each study found out: results, readings, problems, events.
 
         All or none, and each study at most once. A key that is stored already keeps its row,
         except on a rerun, which makes a new one. The studies are settled, or queued again where
-        more was asked of them meanwhile.
+        more was asked of them meanwhile; returned is what is stored of them now.
 
         Raises:
             Misconfigured: a study, or a result that a reading names, is not stored.
@@ -230,35 +252,22 @@ class Store(Results):
             msg = f"an outcome of study {bare[0]} without a reading"
             raise ValueError(msg)
         with self._write() as connection:
-            rows = _study_rows(connection, [outcome.study_id for outcome in outcomes])
-            fresh = {o.study_id for o in outcomes if rows[o.study_id]["request"] == o.request}
-            reruns = {study for study in fresh if rows[study]["rerun"]}
+            asked = _asked(connection, [outcome.study_id for outcome in outcomes])
+            fresh = {o.study_id for o in outcomes if asked[o.study_id].request == o.request}
+            reruns = {study for study in fresh if asked[study].rerun}
             revisions = Revisions(connection, outcomes, reruns)
-            _show(
-                connection,
-                [
-                    (outcome, reading, revisions.place(outcome, reading))
-                    for outcome in outcomes
-                    for reading in outcome.readings
-                ],
-                {study: row["received_at"] for study, row in rows.items()},
-            )
+            placed = revisions.place()
+            revisions.show(placed, {study: row.received_at for study, row in asked.items()})
             _note_problems(connection, outcomes)
-            _log_all(
-                connection,
-                (
-                    (outcome.at, what, detail, outcome.study_id)
-                    for outcome in outcomes
-                    for what, detail in outcome.events
-                ),
-            )
+            _log_all(connection, _happened(placed, outcomes))
             _settle(connection, fresh, fresh=True)
-            _settle(connection, set(rows) - fresh, fresh=False)
+            _settle(connection, set(asked) - fresh, fresh=False)
+            return stored_studies(connection, asked)
 
     def defer(self, study_id: str, error: str, not_before: datetime) -> int:
         """Queue a study for another try; return how many tries have failed."""
         with self._write() as connection:
-            attempts = int(_study_row(connection, study_id)["attempts"]) + 1
+            attempts = int(_asked(connection, [study_id])[study_id].attempts) + 1
             connection.execute(
                 update(studies)
                 .where(studies.c.id == study_id)
@@ -273,7 +282,7 @@ class Store(Results):
     def fail(self, study_id: str, request: int, code: str, reason: str, at: datetime) -> None:
         """Give a study up: all its readings fail, with what they last showed kept."""
         with self._write() as connection:
-            fresh = _study_row(connection, study_id)["request"] == request
+            fresh = _asked(connection, [study_id])[study_id].request == request
             _fail(connection, study_id, code, reason, at)
             _settle(connection, {study_id}, fresh=fresh)
 
@@ -361,7 +370,7 @@ def _record(
 ) -> Recorded:
     replayed = select(files.c.study_id).where(files.c.claim == claim.id).limit(1)
     if (known := connection.execute(replayed).scalar()) is not None:
-        return Recorded(known, "replayed", _request(connection, known))
+        return Recorded(known, "replayed", _asked(connection, [known])[known].request)
     _replace(connection, claim, ledger)
     study = _study_of(connection, claim, late_hours)
     if study is not None:
@@ -471,17 +480,17 @@ def _shown_source(claim: ClaimRecord) -> str:
 
 def _add_to(connection: Connection, study: str, claim: ClaimRecord) -> Recorded:
     """Add a claim to a study; contents that it did not have queue it again."""
-    before = _study_row(connection, study)
+    before = _asked(connection, [study])[study]
     _add_files(connection, study, claim)
     hashes = select(files.c.sha256)
     present = hashes.where(files.c.study_id == study, files.c.place != Place.REPLACED)
     digest = content_digest(connection.execute(present).scalars())
-    if digest == before["digest"]:
+    if digest == before.digest:
         _log(connection, claim.received_at, "duplicate", _about(claim), study)
-        return Recorded(study, "duplicate", before["request"])
+        return Recorded(study, "duplicate", before.request)
     connection.execute(update(studies).where(studies.c.id == study).values(digest=digest))
     _queue(connection, [study], "late", _about(claim))
-    return Recorded(study, "late", before["request"] + 1)
+    return Recorded(study, "late", before.request + 1)
 
 
 def _about(claim: ClaimRecord) -> Json:
@@ -525,22 +534,16 @@ def _fingerprint(file: ClaimedFile) -> tuple[int, str, str]:
 # ---- rows of one study
 
 
-def _study_rows(connection: Connection, ids: Sequence[str]) -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for some in chunks(ids):
-        wanted = select(studies).where(studies.c.id.in_(some))
-        rows |= {row["id"]: row for row in connection.execute(wanted).mappings()}
+def _asked(connection: Connection, ids: Sequence[str]) -> dict[str, Row[*tuple[Any, ...]]]:
+    """Return what is asked of each study, in the order of ``ids``.
+
+    Raises:
+        Misconfigured: a study is not stored.
+    """
+    rows = {row.id: row for row in among(connection, _ASKED, ids)}
     if missing := [study for study in ids if study not in rows]:
         raise Misconfigured(f"No study {missing[0]!r}: see `mura-batch query`.")
-    return rows
-
-
-def _study_row(connection: Connection, study: str) -> Any:
-    return _study_rows(connection, [study])[study]
-
-
-def _request(connection: Connection, study: str) -> int:
-    return int(_study_row(connection, study)["request"])
+    return {study: rows[study] for study in ids}
 
 
 def _queue(
@@ -572,64 +575,27 @@ def _fail(connection: Connection, study: str, code: str, reason: str, at: dateti
 
 
 def _settle(connection: Connection, ids: Collection[str], *, fresh: bool) -> None:
-    values: dict[str, Any] = {"attempts": 0, "last_error": None, "not_before": None}
-    values |= {"work": Work.SETTLED, "rerun": False} if fresh else {"work": Work.QUEUED}
     for some in chunks(sorted(ids)):
-        connection.execute(update(studies).where(studies.c.id.in_(some)).values(**values))
+        connection.execute(_SETTLED if fresh else _ONCE_MORE, {AMONG.key: some})
 
 
-def _show(
-    connection: Connection,
-    placed: Sequence[tuple[StudyOutcome, ReadingOutcome, int | None]],
-    received_at: Mapping[str, datetime],
-) -> None:
-    """Make the current rows of some studies: one for each of their areas, and no others."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {
-        (outcome.study_id, reading.area or ""): {
-            "received_at": received_at[outcome.study_id],
-            "state": reading.state,
-            "reason_code": reading.reason_code,
-            "reason": reading.reason,
-            "area_source": reading.area_source,
-            "evidence": reading.evidence,
-            "result_id": result,
-            "updated_at": outcome.at,
-        }
-        for outcome, reading, result in placed
-    }
-    before: dict[tuple[str, str], int] = {}
-    for some in chunks(sorted(received_at)):
-        columns = select(readings.c.study_id, readings.c.area, readings.c.id)
-        there = connection.execute(columns.where(readings.c.study_id.in_(some)))
-        before |= {(row.study_id, row.area): row.id for row in there}
-    for gone in chunks([number for key, number in before.items() if key not in rows]):
-        connection.execute(delete(readings).where(readings.c.id.in_(gone)))
-    if kept := [{"number": before[key]} | row for key, row in rows.items() if key in before]:
-        same = readings.c.id == bindparam("number")
-        fields: dict[str, Any] = {name: bindparam(name) for name in kept[0] if name != "number"}
-        connection.execute(update(readings).where(same).values(fields), kept)
-    new = [{"study_id": s, "area": a} | row for (s, a), row in rows.items() if (s, a) not in before]
-    if new:
-        connection.execute(insert(readings), new)
-    _log_all(
-        connection,
-        (
-            (
-                outcome.at,
-                reading.state,
-                {"area": reading.area or "", "result": result, "code": reading.reason_code},
-                outcome.study_id,
-            )
-            for outcome, reading, result in placed
-        ),
-    )
+def _happened(
+    placed: Iterable[Placed], outcomes: Iterable[StudyOutcome]
+) -> Iterator[tuple[datetime, str, Json, str]]:
+    """Yield what the log keeps of a pass: how each area ended, and what else was seen."""
+    for each in placed:
+        reading = each.reading
+        how = {"area": reading.area or "", "result": each.result, "code": reading.reason_code}
+        yield each.outcome.at, reading.state, how, each.outcome.study_id
+    for outcome in outcomes:
+        for what, detail in outcome.events:
+            yield outcome.at, what, detail, outcome.study_id
 
 
 def _note_problems(connection: Connection, outcomes: Sequence[StudyOutcome]) -> None:
     """Keep with each file why this pass could not score it, or that it could."""
     for some in chunks([outcome.study_id for outcome in outcomes]):
-        told = and_(files.c.study_id.in_(some), files.c.problem != "")
-        connection.execute(update(files).where(told).values(problem=""))
+        connection.execute(_SOUND, {AMONG.key: some})
     for outcome in outcomes:
         for problem in outcome.problems:
             same = and_(files.c.study_id == outcome.study_id, files.c.sha256 == problem.sha256)
@@ -704,4 +670,4 @@ def _log_all(
     """Append to the log: when, what, its detail, and to which study."""
     names = ("at", "what", "detail", "study_id")
     if rows := [dict(zip(names, entry, strict=True)) for entry in happened]:
-        connection.execute(insert(events), rows)
+        connection.execute(_EVENTS, rows)
