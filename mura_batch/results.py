@@ -37,6 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.engine import Engine
+from sqlalchemy.sql.selectable import TypedReturnsRows
 
 from mura_batch.area import Area
 from mura_batch.engine import check_revision, open_engine, reading
@@ -289,7 +290,7 @@ def chunks(ids: Sequence[_T]) -> Iterator[Sequence[_T]]:
 
 
 def among(
-    connection: Connection, statement: Select[*_Columns], values: Sequence[_T]
+    connection: Connection, statement: TypedReturnsRows[*_Columns], values: Sequence[_T]
 ) -> Iterator[Row[*_Columns]]:
     """Yield the rows of a statement in which ``AMONG`` stands for these values."""
     for some in chunks(values):

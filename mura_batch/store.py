@@ -10,15 +10,17 @@ import hashlib
 import os
 import posixpath
 import threading
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import ChainMap, defaultdict
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     Connection,
     Row,
     and_,
@@ -27,6 +29,7 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    union,
     update,
 )
 from sqlalchemy.engine import Engine
@@ -60,13 +63,14 @@ from mura_batch.results import (
     stored_studies,
 )
 from mura_batch.revisions import Placed, Revisions
-from mura_batch.schema import events, files, labels, readings, results, studies
+from mura_batch.schema import clean, events, files, labels, readings, results, studies
 from mura_batch.study import Kind, content_digest, masked
 
 _WAITING = (State.NEEDS_AREA, State.NO_WEIGHTS)
 _GONE = (Place.DELETED, Place.REPLACED)
 _INTERRUPTED = "the program ended while this study was under way: it is tried again, alone"
-Ledger = dict[bytes, tuple[int, str, str]]  # raw name → size, mtime_ns, inode
+Fingerprint = tuple[int, str, str]  # size, mtime_ns, inode
+Ledger = dict[bytes, Fingerprint]  # of the files that were left in the inbox, by raw name
 
 _ASKED = select(
     studies.c.id,
@@ -98,6 +102,19 @@ _SETTLED = (
 _ONCE_MORE = update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.QUEUED, **_NO_TRY)
 _SOUND = update(files).where(files.c.study_id.in_(AMONG), files.c.problem != "").values(problem="")
 _EVENTS = insert(events)
+_TRACES: CompoundSelect[str | None] = (
+    union(  # of claims (see `_Arrival`), wherever they may be stored
+        select(files.c.claim).where(files.c.claim.in_(AMONG)),
+        select(studies.c.id).where(studies.c.id.in_(AMONG)),
+        select(studies.c.digest).where(studies.c.digest.in_(AMONG)),
+        select(studies.c.study_uid).where(studies.c.study_uid.in_(AMONG)),
+        select(studies.c.key).where(studies.c.kind == Kind.FOLDER, studies.c.key.in_(AMONG)),
+    )
+)
+_NEW_STUDIES = insert(studies)
+_NEW_FILES = insert(files)
+_FIRST_READINGS = insert(readings)
+_ID_DIGITS = 12
 
 
 class Store(Results):
@@ -133,12 +150,12 @@ class Store(Results):
         if bare := [claim.id for claim in claims if not claim.files]:
             msg = f"claim {bare[0]} has no files"
             raise ValueError(msg)
-        left = [claim for claim in claims if claim.place is Place.INBOX]
+        left = any(claim.place is Place.INBOX for claim in claims)
         ledger = self._known_files() if left else {}
+        news: Ledger = {}
         with self._write() as connection:
-            recorded = [_record(connection, claim, ledger, late_hours) for claim in claims]
-        for claim in left:
-            ledger.update({os.fsencode(file.name): _fingerprint(file) for file in claim.files})
+            recorded = _Intake(connection, ChainMap(news, ledger), late_hours).record(claims)
+        ledger.update(news)
         return recorded
 
     def seen(self, name: str, size: int, mtime_ns: int, inode: int) -> bool:
@@ -365,108 +382,225 @@ class Store(Results):
 # ---- which study
 
 
-def _record(
-    connection: Connection, claim: ClaimRecord, ledger: Ledger, late_hours: float
-) -> Recorded:
-    replayed = select(files.c.study_id).where(files.c.claim == claim.id).limit(1)
-    if (known := connection.execute(replayed).scalar()) is not None:
-        return Recorded(known, "replayed", _asked(connection, [known])[known].request)
-    _replace(connection, claim, ledger)
-    study = _study_of(connection, claim, late_hours)
-    if study is not None:
-        return _add_to(connection, study, claim)
-    study = _new_study(connection, claim)
-    _add_files(connection, study, claim)
-    _log(connection, claim.received_at, "new", _about(claim), study)
-    return Recorded(study, "new", 1)
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A claim, and what its study can be known by.
+
+    Attributes:
+        uid: Study Instance UID that groups DICOM claims; a header that fails later changes nothing.
+        folder: what makes two folders one: the masked path in the inbox; outside the site, the
+            whole path. None where the claim is no folder.
+        digest: content digest of its files.
+        whole: what a new study's id begins.
+    """
+
+    claim: ClaimRecord
+    uid: str | None
+    folder: str | None
+    digest: str
+    whole: str
+
+    @classmethod
+    def of(cls, claim: ClaimRecord) -> _Arrival:
+        key = (claim.key or claim.study_uid) if claim.kind == Kind.DICOM else None
+        uid = None if key is None else clean(key)
+        folder = None
+        if claim.kind == Kind.FOLDER:
+            path = os.fspath(Path(claim.root, claim.key)) if claim.root else claim.key
+            folder = masked(path)
+        digest = content_digest(file.sha256 for file in claim.files)
+        name = folder or masked(claim.files[0].name)
+        parts = (claim.kind, uid) if uid is not None else (claim.kind, name, digest)
+        whole = hashlib.sha256("\0".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
+        return cls(claim, uid, folder, digest, whole)
+
+    @property
+    def id(self) -> str:
+        """The id of its study, if it is new and no other study has it."""
+        return self.whole[:_ID_DIGITS]
+
+    @property
+    def traces(self) -> set[str]:
+        """What is stored once the claim is; where none of it is stored, its study is new."""
+        traces = {self.id, self.digest}
+        return traces | {trace for trace in (self.uid, self.folder) if trace is not None}
 
 
-def _study_of(connection: Connection, claim: ClaimRecord, late_hours: float) -> str | None:
-    uid = _uid(claim)
-    if uid is not None:
-        same = and_(studies.c.kind == Kind.DICOM, studies.c.study_uid == uid)
-        return connection.execute(select(studies.c.id).where(same)).scalar()
-    of_claim = content_digest(file.sha256 for file in claim.files)
-    twin = select(studies.c.id).where(studies.c.digest == of_claim)
-    found = connection.execute(twin.order_by(studies.c.received_at).limit(1)).scalar()
-    if found is not None or claim.kind != Kind.FOLDER:
-        return found
-    return _earlier_folder(connection, claim, late_hours)
+class _Intake:
+    """Claims on the way to their studies, in one transaction.
 
+    Those of which no trace is stored make new studies, written together; every other one is
+    looked at by itself, after all that came before it.
+    """
 
-def _earlier_folder(connection: Connection, claim: ClaimRecord, late_hours: float) -> str | None:
-    last = func.max(files.c.received_at)
-    same_path = (
-        select(studies.c.id, last)
-        .select_from(studies.join(files))
-        .where(studies.c.kind == Kind.FOLDER, studies.c.key == _folder_key(claim))
-        .group_by(studies.c.id)
-        .order_by(last.desc())
-    )
-    contents = {file.sha256 for file in claim.files}
-    for study, arrived in connection.execute(same_path).all():
-        its_files = select(files.c.sha256).where(files.c.study_id == study)
-        if arrived >= claim.received_at - timedelta(hours=late_hours) or not contents.isdisjoint(
-            connection.execute(its_files).scalars()
-        ):
-            return str(study)
-    return None
+    def __init__(
+        self,
+        connection: Connection,
+        ledger: MutableMapping[bytes, Fingerprint],
+        late_hours: float,
+    ) -> None:
+        self._connection = connection
+        self._ledger = ledger
+        self._late = timedelta(hours=late_hours)
+        self._stored: set[str | None] = set()  # traces, in the database or among the new ones
+        self._new: dict[str, _Arrival] = {}  # studies that are not yet written, by id
 
+    def record(self, claims: Iterable[ClaimRecord]) -> list[Recorded]:
+        arrivals = [_Arrival.of(claim) for claim in claims]
+        traces = list(set().union(*(arrival.traces for arrival in arrivals)))
+        self._stored.update(trace for (trace,) in among(self._connection, _TRACES, traces))
+        recorded = [self._record(arrival) for arrival in arrivals]
+        self._write_new()
+        return recorded
 
-def _uid(claim: ClaimRecord) -> str | None:
-    """A DICOM claim is grouped by its UID; a header that fails later changes nothing."""
-    return (claim.key or claim.study_uid) if claim.kind == Kind.DICOM else None
+    def _record(self, arrival: _Arrival) -> Recorded:
+        claim = arrival.claim
+        left = claim.files if claim.place is Place.INBOX else ()
+        names = {os.fsencode(file.name): _fingerprint(file) for file in left}
+        replaced = [name for name in names if name in self._ledger]
+        if replaced or not self._stored.isdisjoint(arrival.traces):
+            self._write_new()
+            recorded = self._record_alone(arrival, replaced)
+        else:
+            self._new[arrival.id] = arrival
+            recorded = Recorded(arrival.id, "new", 1)
+        self._stored |= arrival.traces
+        self._ledger.update(names)
+        return recorded
 
+    def _record_alone(self, arrival: _Arrival, replaced: list[bytes]) -> Recorded:
+        of_claim = select(studies.c.id, studies.c.request).join(files)
+        replayed = of_claim.where(files.c.claim == arrival.claim.id).limit(1)
+        if (known := self._connection.execute(replayed).first()) is not None:
+            return Recorded(known.id, "replayed", known.request)
+        if replaced:
+            lay = and_(files.c.place == Place.INBOX, files.c.raw_name.in_(replaced))
+            self._connection.execute(update(files).where(lay).values(place=Place.REPLACED))
+        study = self._study_of(arrival)
+        if study is not None:
+            return self._add_to(study, arrival)
+        study = self._free_id(arrival.whole)
+        self._new[study] = arrival
+        return Recorded(study, "new", 1)
 
-def _folder_key(claim: ClaimRecord) -> str:
-    """What makes two folders one: the path in the inbox; outside the site, the whole path."""
-    return masked(os.fspath(Path(claim.root, claim.key)) if claim.root else claim.key)
+    def _study_of(self, arrival: _Arrival) -> str | None:
+        if arrival.uid is not None:
+            same = and_(studies.c.kind == Kind.DICOM, studies.c.study_uid == arrival.uid)
+            return self._connection.execute(select(studies.c.id).where(same)).scalar()
+        twin = select(studies.c.id).where(studies.c.digest == arrival.digest)
+        first = twin.order_by(studies.c.received_at).limit(1)
+        found = self._connection.execute(first).scalar()
+        if found is not None or arrival.folder is None:
+            return found
+        return self._earlier_folder(arrival)
 
-
-def _new_study(connection: Connection, claim: ClaimRecord) -> str:
-    uid = _uid(claim)
-    digest = content_digest(file.sha256 for file in claim.files)
-    key = _folder_key(claim) if claim.kind == Kind.FOLDER else ""
-    name = key or masked(claim.files[0].name)
-    parts = (claim.kind, uid) if uid is not None else (claim.kind, name, digest)
-    whole = hashlib.sha256("\0".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
-    lengths = range(12, len(whole) + 1)  # longer only where 12 digits are another study's
-    taken = select(studies.c.id)
-    study = next(
-        whole[:length]
-        for length in lengths
-        if connection.execute(taken.where(studies.c.id == whole[:length])).scalar() is None
-    )
-    connection.execute(
-        insert(studies).values(
-            id=study,
-            kind=claim.kind,
-            key=key,
-            study_uid=uid or claim.study_uid,
-            accession=claim.accession,
-            digest=digest,
-            source=_shown_source(claim),
-            received_at=claim.received_at,
-            work=Work.QUEUED if claim.queue else Work.RUNNING,
-            request=1,
-            attempts=0,
-            rerun=False,
-            set_all=False,
+    def _earlier_folder(self, arrival: _Arrival) -> str | None:
+        last = func.max(files.c.received_at)
+        same_path = (
+            select(studies.c.id, last)
+            .select_from(studies.join(files))
+            .where(studies.c.kind == Kind.FOLDER, studies.c.key == arrival.folder)
+            .group_by(studies.c.id)
+            .order_by(last.desc())
         )
-    )
-    connection.execute(
-        insert(readings).values(
-            study_id=study,
-            area="",
-            received_at=claim.received_at,
-            state=State.QUEUED,
-            reason_code="",
-            reason="",
-            evidence=[],
-            updated_at=claim.received_at,
+        contents = {file.sha256 for file in arrival.claim.files}
+        for study, arrived in self._connection.execute(same_path).all():
+            its_files = select(files.c.sha256).where(files.c.study_id == study)
+            if arrived >= arrival.claim.received_at - self._late or not contents.isdisjoint(
+                self._connection.execute(its_files).scalars()
+            ):
+                return str(study)
+        return None
+
+    def _free_id(self, whole: str) -> str:
+        """The 12 digits are longer only where they are another study's."""
+        taken = select(studies.c.id)
+        return next(
+            whole[:length]
+            for length in range(_ID_DIGITS, len(whole) + 1)
+            if self._connection.execute(taken.where(studies.c.id == whole[:length])).first() is None
         )
-    )
-    return study
+
+    def _add_to(self, study: str, arrival: _Arrival) -> Recorded:
+        """Add a claim to a study; contents that it did not have queue it again."""
+        claim = arrival.claim
+        before = _asked(self._connection, [study])[study]
+        self._connection.execute(_NEW_FILES, _file_rows(study, claim))
+        hashes = select(files.c.sha256)
+        present = hashes.where(files.c.study_id == study, files.c.place != Place.REPLACED)
+        digest = content_digest(self._connection.execute(present).scalars())
+        if digest == before.digest:
+            _log(self._connection, claim.received_at, "duplicate", _about(claim), study)
+            return Recorded(study, "duplicate", before.request)
+        self._stored.add(digest)
+        changed = update(studies).where(studies.c.id == study).values(digest=digest)
+        self._connection.execute(changed)
+        _queue(self._connection, [study], "late", _about(claim))
+        return Recorded(study, "late", before.request + 1)
+
+    def _write_new(self) -> None:
+        if not (new := self._new):
+            return
+        self._new = {}
+        write = self._connection.execute
+        write(_NEW_STUDIES, [_study_row(study, arrival) for study, arrival in new.items()])
+        write(_FIRST_READINGS, [_first_reading(study, a.claim) for study, a in new.items()])
+        write(_NEW_FILES, [row for study, a in new.items() for row in _file_rows(study, a.claim)])
+        _log_all(
+            self._connection,
+            ((a.claim.received_at, "new", _about(a.claim), study) for study, a in new.items()),
+        )
+
+
+def _study_row(study: str, arrival: _Arrival) -> dict[str, Any]:
+    claim = arrival.claim
+    return {
+        "id": study,
+        "kind": claim.kind,
+        "key": arrival.folder or "",
+        "study_uid": arrival.uid or claim.study_uid,
+        "accession": claim.accession,
+        "digest": arrival.digest,
+        "source": _shown_source(claim),
+        "received_at": claim.received_at,
+        "work": Work.QUEUED if claim.queue else Work.RUNNING,
+        "request": 1,
+        "attempts": 0,
+        "rerun": False,
+        "set_all": False,
+    }
+
+
+def _first_reading(study: str, claim: ClaimRecord) -> dict[str, Any]:
+    return {
+        "study_id": study,
+        "area": "",
+        "received_at": claim.received_at,
+        "state": State.QUEUED,
+        "reason_code": "",
+        "reason": "",
+        "evidence": [],
+        "updated_at": claim.received_at,
+    }
+
+
+def _file_rows(study: str, claim: ClaimRecord) -> list[dict[str, Any]]:
+    return [
+        {
+            "study_id": study,
+            "claim": claim.id,
+            "raw_name": os.fsencode(Path(claim.root, file.name) if claim.root else file.name),
+            "source": masked(file.name),
+            "sha256": file.sha256,
+            "size": file.size,
+            "mtime_ns": str(file.mtime_ns),
+            "inode": str(file.inode),
+            "place": claim.place,
+            "problem": file.problem,
+            "received_at": claim.received_at,
+        }
+        for file in claim.files
+    ]
 
 
 def _shown_source(claim: ClaimRecord) -> str:
@@ -478,56 +612,11 @@ def _shown_source(claim: ClaimRecord) -> str:
     return masked(shared or names[0])
 
 
-def _add_to(connection: Connection, study: str, claim: ClaimRecord) -> Recorded:
-    """Add a claim to a study; contents that it did not have queue it again."""
-    before = _asked(connection, [study])[study]
-    _add_files(connection, study, claim)
-    hashes = select(files.c.sha256)
-    present = hashes.where(files.c.study_id == study, files.c.place != Place.REPLACED)
-    digest = content_digest(connection.execute(present).scalars())
-    if digest == before.digest:
-        _log(connection, claim.received_at, "duplicate", _about(claim), study)
-        return Recorded(study, "duplicate", before.request)
-    connection.execute(update(studies).where(studies.c.id == study).values(digest=digest))
-    _queue(connection, [study], "late", _about(claim))
-    return Recorded(study, "late", before.request + 1)
-
-
 def _about(claim: ClaimRecord) -> Json:
     return {"claim": claim.id, "files": len(claim.files), "settled_by": claim.settled_by}
 
 
-def _add_files(connection: Connection, study: str, claim: ClaimRecord) -> None:
-    connection.execute(
-        insert(files),
-        [
-            {
-                "study_id": study,
-                "claim": claim.id,
-                "raw_name": os.fsencode(Path(claim.root, file.name) if claim.root else file.name),
-                "source": masked(file.name),
-                "sha256": file.sha256,
-                "size": file.size,
-                "mtime_ns": str(file.mtime_ns),
-                "inode": str(file.inode),
-                "place": claim.place,
-                "problem": file.problem,
-                "received_at": claim.received_at,
-            }
-            for file in claim.files
-        ],
-    )
-
-
-def _replace(connection: Connection, claim: ClaimRecord, ledger: Ledger) -> None:
-    """Mark what lay under the claim's names before, where files stay in the inbox."""
-    names = [name for file in claim.files if (name := os.fsencode(file.name)) in ledger]
-    if names:
-        lay = and_(files.c.place == Place.INBOX, files.c.raw_name.in_(names))
-        connection.execute(update(files).where(lay).values(place=Place.REPLACED))
-
-
-def _fingerprint(file: ClaimedFile) -> tuple[int, str, str]:
+def _fingerprint(file: ClaimedFile) -> Fingerprint:
     return file.size, str(file.mtime_ns), str(file.inode)
 
 
