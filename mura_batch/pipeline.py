@@ -365,7 +365,7 @@ class Pipeline:
             if job.passing is not None:
                 log.warning("weights refused", extra={"study": job.stored.id})
         outcomes = [study_outcome(job.ended(), self._settings) for job in jobs]
-        self._store.commit(*outcomes)
+        stored = self._store.commit(*outcomes)
         for outcome in outcomes:
             _step("committed", study=outcome.study_id)
             for problem in outcome.problems:
@@ -374,7 +374,7 @@ class Pipeline:
             for reading in outcome.readings:
                 facts = {"study": outcome.study_id, "area": reading.area, "state": reading.state}
                 log.info("study finished", extra=facts)
-        self.settle_custody(self._store.studies([job.stored.id for job in jobs]))
+        self.settle_custody(stored)
         for outcome in outcomes:
             self._leave(*(reading.state for reading in outcome.readings))
 

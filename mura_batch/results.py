@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, TypeVarTuple, cast
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     Connection,
     CursorResult,
     Float,
+    Row,
     Select,
     String,
     Table,
     and_,
+    bindparam,
     case,
     false,
     func,
@@ -34,6 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.engine import Engine
+from sqlalchemy.sql.selectable import TypedReturnsRows
 
 from mura_batch.area import Area
 from mura_batch.engine import check_revision, open_engine, reading
@@ -56,6 +60,7 @@ from mura_batch.schema import events, files, labels, readings, results, studies,
 
 _BOUND = 500  # values in one IN (…)
 _T = TypeVar("_T")
+_Columns = TypeVarTuple("_Columns")
 _STREAM = 1000  # rows fetched at a time: memory stays flat however long the answer is
 _HEX = re.compile("[0-9a-f]+")
 _STUDY_COLUMNS = len(StudyRow.__dataclass_fields__) - 1  # the notice is no column
@@ -221,6 +226,47 @@ class Results:
 
 # ---- looked up inside a transaction, also by the store
 
+# Statements that run for every study stand ready: to build one costs more than to run it.
+AMONG: BindParameter[Any] = bindparam("among", expanding=True)  # what `among` looks up
+_STUDIES = select(
+    *(
+        studies.c[name]
+        for name in StoredStudy.__dataclass_fields__
+        if name not in {"files", "readings", "scored"}
+    )
+).where(studies.c.id.in_(AMONG))
+_FILES = (
+    select(
+        files.c.study_id,
+        files.c.claim,
+        files.c.raw_name,
+        files.c.source,
+        files.c.sha256,
+        files.c.size,
+        files.c.place,
+        files.c.problem,
+    )
+    .where(files.c.study_id.in_(AMONG), files.c.place != Place.REPLACED)
+    .order_by(files.c.id)
+)
+_READINGS = (
+    select(
+        readings.c.study_id,
+        readings.c.area,
+        readings.c.state,
+        readings.c.reason_code,
+        readings.c.reason,
+        readings.c.result_id,
+    )
+    .where(readings.c.study_id.in_(AMONG))
+    .order_by(readings.c.area)
+)
+_KEYS = (
+    select(results.c.digest, results.c.area, results.c.weights, results.c.id, results.c.run)
+    .where(results.c.digest.in_(AMONG))
+    .order_by(results.c.run)
+)
+
 
 def resolve(connection: Connection, study: str) -> str:
     """Return the id that ``study`` is, or is the only beginning of.
@@ -243,69 +289,57 @@ def chunks(ids: Sequence[_T]) -> Iterator[Sequence[_T]]:
         yield ids[start : start + _BOUND]
 
 
+def among(
+    connection: Connection, statement: TypedReturnsRows[*_Columns], values: Sequence[_T]
+) -> Iterator[Row[*_Columns]]:
+    """Yield the rows of a statement in which ``AMONG`` stands for these values."""
+    for some in chunks(values):
+        yield from connection.execute(statement, {AMONG.key: some})
+
+
 def stored_studies(connection: Connection, ids: Iterable[str]) -> list[StoredStudy]:
     """Return the studies of these ids with their files and readings, in the order of ``ids``."""
-    found: list[StoredStudy] = []
-    for some in chunks(list(ids)):
-        their_files = _files_of(connection, some)
-        their_readings = _readings_of(connection, some)
-        wanted = select(studies).where(studies.c.id.in_(some))
-        rows = {row["id"]: row for row in connection.execute(wanted).mappings()}
-        scored = latest_results(connection, [row["digest"] for row in rows.values()])
-        found += [
-            StoredStudy(
-                **{name: rows[study][name] for name in _PLAIN_STUDY_FIELDS},
-                work=Work(rows[study]["work"]),
-                set_area=_area(rows[study]["set_area"]),
-                files=tuple(their_files.get(study, ())),
-                readings=tuple(their_readings.get(study, ())),
-                scored={
-                    key: latest.id for key, latest in scored.get(rows[study]["digest"], {}).items()
-                },
-            )
-            for study in some
-            if study in rows
-        ]
-    return found
-
-
-def _files_of(connection: Connection, ids: Sequence[str]) -> dict[str, list[StoredFile]]:
-    """What was replaced under its name is not the study's any more."""
-    wanted = select(files).where(files.c.study_id.in_(ids), files.c.place != Place.REPLACED)
-    found: dict[str, list[StoredFile]] = {}
-    for row in connection.execute(wanted.order_by(files.c.id)).mappings():
-        file = StoredFile(
-            row["claim"],
-            os.fsdecode(row["raw_name"]),
-            row["source"],
-            row["sha256"],
-            row["size"],
-            Place(row["place"]),
-            row["problem"],
+    wanted = list(dict.fromkeys(ids))
+    rows = {row.id: row for row in among(connection, _STUDIES, wanted)}
+    their_files = _files_of(connection, wanted)
+    their_readings = _readings_of(connection, wanted)
+    scored = latest_results(connection, [row.digest for row in rows.values()])
+    return [
+        StoredStudy(
+            **row._asdict()
+            | {
+                "work": Work(row.work),
+                "set_area": _area(row.set_area),
+                "files": tuple(their_files[study]),
+                "readings": tuple(their_readings[study]),
+                "scored": {key: latest.id for key, latest in scored[row.digest].items()},
+            }
         )
-        found.setdefault(row["study_id"], []).append(file)
+        for study in wanted
+        if (row := rows.get(study)) is not None
+    ]
+
+
+def _files_of(connection: Connection, ids: Sequence[str]) -> defaultdict[str, list[StoredFile]]:
+    """What was replaced under its name is not the study's any more."""
+    found = defaultdict[str, list[StoredFile]](list)
+    for study, claim, name, source, sha256, size, place, problem in among(connection, _FILES, ids):
+        file = StoredFile(claim, os.fsdecode(name), source, sha256, size, Place(place), problem)
+        found[study].append(file)
     return found
 
 
-def _readings_of(connection: Connection, ids: Sequence[str]) -> dict[str, list[StoredReading]]:
-    wanted = select(readings).where(readings.c.study_id.in_(ids)).order_by(readings.c.area)
-    found: dict[str, list[StoredReading]] = {}
-    for row in connection.execute(wanted).mappings():
-        told = (row["reason_code"], row["reason"], row["result_id"])
-        reading_ = StoredReading(_area(row["area"]), State(row["state"]), *told)
-        found.setdefault(row["study_id"], []).append(reading_)
+def _readings_of(
+    connection: Connection, ids: Sequence[str]
+) -> defaultdict[str, list[StoredReading]]:
+    found = defaultdict[str, list[StoredReading]](list)
+    for study, area, state, code, reason, result in among(connection, _READINGS, ids):
+        found[study].append(StoredReading(_area(area), State(state), code, reason, result))
     return found
 
 
 def _area(name: str | None) -> Area | None:
     return Area(name) if name else None
-
-
-_PLAIN_STUDY_FIELDS = tuple(
-    name
-    for name in StoredStudy.__dataclass_fields__
-    if name not in {"work", "set_area", "files", "readings", "scored"}
-)
 
 
 class Latest(NamedTuple):
@@ -317,21 +351,12 @@ class Latest(NamedTuple):
 
 def latest_results(
     connection: Connection, digests: Sequence[str]
-) -> dict[str, dict[tuple[str, str], Latest]]:
+) -> defaultdict[str, dict[tuple[str, str], Latest]]:
     """Return by study digest the latest result of each (area, weights digest)."""
-    columns = (results.c.digest, results.c.area, results.c.weights, results.c.id, results.c.run)
-    found: dict[str, dict[tuple[str, str], Latest]] = {}
-    for some in chunks(digests):
-        wanted = select(*columns).where(results.c.digest.in_(some)).order_by(results.c.run)
-        for row in connection.execute(wanted):
-            found.setdefault(row.digest, {})[row.area, row.weights] = Latest(row.id, row.run)
+    found = defaultdict[str, dict[tuple[str, str], Latest]](dict)
+    for digest, area, weights, number, run in among(connection, _KEYS, digests):
+        found[digest][area, weights] = Latest(number, run)
     return found
-
-
-def is_due(now: datetime) -> ColumnElement[bool]:
-    """Queued, and not waiting for a retry."""
-    waits = studies.c.not_before
-    return and_(studies.c.work == Work.QUEUED, or_(waits.is_(None), waits <= now))
 
 
 def is_stale(active: Mapping[Area, str]) -> ColumnElement[bool]:

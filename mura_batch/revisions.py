@@ -7,13 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from mura_batch.errors import Misconfigured
 from mura_batch.records import NewResult, ReadingOutcome, StudyOutcome
-from mura_batch.results import Latest, chunks, latest_results
+from mura_batch.results import AMONG, Latest, among, chunks, latest_results
 from mura_batch.schema import readings, results, views, weights
+
+_SHOWN = select(readings.c.study_id, readings.c.area, readings.c.id, readings.c.result_id).where(
+    readings.c.study_id.in_(AMONG)
+)
+_NO_MORE = delete(readings).where(readings.c.id.in_(AMONG))
+_KEPT = update(readings).where(readings.c.id == bindparam("number"))
+_REVISIONS = select(
+    results.c.study_id, results.c.id, results.c.area, results.c.revision, results.c.supersedes
+)
+_OF_STUDIES = _REVISIONS.where(results.c.study_id.in_(AMONG))
+_BY_NUMBER = _REVISIONS.where(results.c.id.in_(AMONG))
+_WEIGHTS = select(weights.c.digest, weights.c.area)
+_NEW_RESULT = insert(results)
+_NEW_VIEWS = insert(views)
+_NEW_READINGS = insert(readings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +43,17 @@ class Revision:
     supersedes: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A reading of an outcome, and the id of the result that it shows."""
+
+    outcome: StudyOutcome
+    reading: ReadingOutcome
+    result: int | None
+
+
 class Revisions:
-    """The results of some studies during one commit.
+    """The readings and the results of some studies during one commit.
 
     Args:
         reruns: ids of the studies for which a stored key gets a new row all the same.
@@ -37,36 +63,71 @@ class Revisions:
         self, connection: Connection, outcomes: Sequence[StudyOutcome], reruns: Collection[str]
     ) -> None:
         self._connection = connection
+        self._outcomes = outcomes
         self._reruns = reruns
-        ids = [outcome.study_id for outcome in outcomes]
-        self._current: dict[str, dict[str, int]] = {study: {} for study in ids}
-        shown = select(readings.c.study_id, readings.c.area, readings.c.result_id)
-        for some in chunks(ids):
-            with_result = shown.where(
-                readings.c.study_id.in_(some), readings.c.result_id.is_not(None)
-            )
-            for study, area, number in connection.execute(with_result):
-                self._current[study][area] = number or 0
+        self._readings: dict[tuple[str, str], int] = {}
+        self._current: dict[str, dict[str, int]] = {o.study_id: {} for o in outcomes}
+        for study, area, reading, result in among(connection, _SHOWN, list(self._current)):
+            self._readings[study, area] = reading
+            if result is not None:
+                self._current[study][area] = result
         self._known = _known(connection, self._current)
         self._latest = latest_results(connection, [outcome.digest for outcome in outcomes])
-        cards = select(weights.c.digest, weights.c.area)
-        self._weights = {tuple(row) for row in connection.execute(cards)}
+        self._weights = {tuple(row) for row in connection.execute(_WEIGHTS)}
+        self._views: list[dict[str, Any]] = []
 
-    def place(self, outcome: StudyOutcome, reading: ReadingOutcome) -> int | None:
-        """Return the id of the reading's result; stores it where its key is new, or on a rerun.
+    def place(self) -> list[Placed]:
+        """Say which result each reading shows; stores those whose key is new, or on a rerun.
 
         A reading without a result (failed, without weights) keeps showing its area's last one.
 
         Raises:
-            Misconfigured: the reading names a result that is not stored.
+            Misconfigured: a reading names a result that is not stored.
         """
+        placed = [
+            Placed(outcome, reading, self._result_of(outcome, reading))
+            for outcome in self._outcomes
+            for reading in outcome.readings
+        ]
+        if self._views:
+            self._connection.execute(_NEW_VIEWS, self._views)
+        return placed
+
+    def show(self, placed: Sequence[Placed], received_at: Mapping[str, datetime]) -> None:
+        """Make the studies' current rows: one for each of their areas, and no others."""
+        rows: dict[tuple[str, str], dict[str, Any]] = {
+            (each.outcome.study_id, each.reading.area or ""): {
+                "received_at": received_at[each.outcome.study_id],
+                "state": each.reading.state,
+                "reason_code": each.reading.reason_code,
+                "reason": each.reading.reason,
+                "area_source": each.reading.area_source,
+                "evidence": each.reading.evidence,
+                "result_id": each.result,
+                "updated_at": each.outcome.at,
+            }
+            for each in placed
+        }
+        before = self._readings
+        for gone in chunks([number for key, number in before.items() if key not in rows]):
+            self._connection.execute(_NO_MORE, {AMONG.key: gone})
+        if kept := [row | {"number": before[key]} for key, row in rows.items() if key in before]:
+            self._connection.execute(_KEPT, kept)
+        if new := [
+            row | {"study_id": study, "area": area}
+            for (study, area), row in rows.items()
+            if (study, area) not in before
+        ]:
+            self._connection.execute(_NEW_READINGS, new)
+
+    def _result_of(self, outcome: StudyOutcome, reading: ReadingOutcome) -> int | None:
         if isinstance(reading.result, int):
             self._require(reading.result)
             return reading.result
         area = reading.area or ""
         if reading.result is None:
             return self._current[outcome.study_id].get(area)
-        keys = self._latest.setdefault(outcome.digest, {})
+        keys = self._latest[outcome.digest]
         stored = keys.get((area, reading.result.weights))
         if stored is not None and outcome.study_id not in self._reruns:
             return stored.id
@@ -85,31 +146,27 @@ class Revisions:
         same_area = [revision.revision for revision in known if revision.area == area]
         number = 1 + max([*same_area, before.revision if before else 0])
         self._use_weights(area, result)
+        row = {
+            "study_id": outcome.study_id,
+            "area": area,
+            "revision": number,
+            "supersedes": before.id if before else None,
+            "digest": outcome.digest,
+            "run": run,
+            "views": len(result.views),
+            "views_failed": sum(view.logit is None for view in result.views),
+            "area_source": reading.area_source,
+            "evidence": reading.evidence,
+        }
         inserted = self._connection.execute(
-            insert(results).values(
-                study_id=outcome.study_id,
-                area=area,
-                revision=number,
-                supersedes=before.id if before else None,
-                digest=outcome.digest,
-                run=run,
-                views=len(result.views),
-                views_failed=sum(view.logit is None for view in result.views),
-                area_source=reading.area_source,
-                evidence=reading.evidence,
-                **{name: getattr(result, name) for name in _COPIED},
-            )
+            _NEW_RESULT, row | {name: getattr(result, name) for name in _COPIED}
         )
         new = int((inserted.inserted_primary_key or (0,))[0])
-        if result.views:
-            self._connection.execute(
-                insert(views),
-                [
-                    {"result_id": new}
-                    | {name: getattr(view, name) for name in type(view).__dataclass_fields__}
-                    for view in result.views
-                ],
-            )
+        self._views += [
+            {"result_id": new}
+            | {name: getattr(view, name) for name in type(view).__dataclass_fields__}
+            for view in result.views
+        ]
         known.append(Revision(new, area, number, before.id if before else None))
         return new
 
@@ -130,17 +187,15 @@ def _known(
     connection: Connection, current: Mapping[str, Mapping[str, int]]
 ) -> dict[str, list[Revision]]:
     """Return for each study its own results and those that it shows, oldest first."""
-    columns = (results.c.id, results.c.area, results.c.revision, results.c.supersedes)
-    wanted = select(results.c.study_id, *columns)
     owners: dict[int, str] = {}
     revisions: dict[int, Revision] = {}
     shown = sorted({number for areas in current.values() for number in areas.values()})
-    own = (results.c.study_id.in_(some) for some in chunks(list(current)))
-    also = (results.c.id.in_(some) for some in chunks(shown))
-    for which in (*own, *also):
-        for row in connection.execute(wanted.where(which)):
-            owners[row.id] = row.study_id
-            revisions[row.id] = Revision(row.id, row.area, row.revision, row.supersedes)
+    for study, number, area, revision, supersedes in (
+        *among(connection, _OF_STUDIES, list(current)),
+        *among(connection, _BY_NUMBER, shown),
+    ):
+        owners[number] = study
+        revisions[number] = Revision(number, area, revision, supersedes)
     return {
         study: [
             revisions[number]

@@ -74,10 +74,13 @@ class CleanText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:  # noqa: ARG002 - the base's signature
-        """Return the text with NUL and lone surrogates as backslash escapes."""
-        if value is None:
-            return None
-        return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+        """Return the text cleaned."""
+        return None if value is None else clean(value)
+
+
+def clean(text: str) -> str:
+    """Return the text with NUL and lone surrogates as backslash escapes; once is enough."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 _Id = BigInteger().with_variant(Integer, "sqlite")

@@ -10,24 +10,26 @@ import hashlib
 import os
 import posixpath
 import threading
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap, defaultdict
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     Connection,
+    Row,
     and_,
     bindparam,
-    delete,
     func,
     insert,
     or_,
     select,
-    tuple_,
+    union,
     update,
 )
 from sqlalchemy.engine import Engine
@@ -43,7 +45,6 @@ from mura_batch.records import (
     LabelRow,
     Move,
     Place,
-    ReadingOutcome,
     Recorded,
     Rerun,
     State,
@@ -52,22 +53,68 @@ from mura_batch.records import (
     Work,
 )
 from mura_batch.results import (
+    AMONG,
     Results,
+    among,
     chunks,
     conditions,
-    is_due,
     is_stale,
     resolve,
     stored_studies,
 )
-from mura_batch.revisions import Revisions
-from mura_batch.schema import events, files, labels, readings, results, studies
+from mura_batch.revisions import Placed, Revisions
+from mura_batch.schema import clean, events, files, labels, readings, results, studies
 from mura_batch.study import Kind, content_digest, masked
 
 _WAITING = (State.NEEDS_AREA, State.NO_WEIGHTS)
 _GONE = (Place.DELETED, Place.REPLACED)
 _INTERRUPTED = "the program ended while this study was under way: it is tried again, alone"
-Ledger = dict[bytes, tuple[int, str, str]]  # raw name → size, mtime_ns, inode
+Fingerprint = tuple[int, str, str]  # size, mtime_ns, inode
+Ledger = dict[bytes, Fingerprint]  # of the files that were left in the inbox, by raw name
+
+_ASKED = select(
+    studies.c.id,
+    studies.c.digest,
+    studies.c.received_at,
+    studies.c.request,
+    studies.c.attempts,
+    studies.c.rerun,
+).where(studies.c.id.in_(AMONG))
+_DUE = and_(  # queued, and not waiting for a retry
+    studies.c.work == Work.QUEUED,
+    or_(studies.c.not_before.is_(None), studies.c.not_before <= bindparam("now")),
+)
+_CUT_OFF = studies.c.last_error.is_not_distinct_from(_INTERRUPTED)
+_LONGEST = (studies.c.received_at, studies.c.id)
+_NEXT = select(studies.c.id).where(_DUE).limit(bindparam("limit"))
+_USUAL = _NEXT.where(~_CUT_OFF).order_by(studies.c.rerun, *_LONGEST)
+_ALONE = _NEXT.where(_CUT_OFF).order_by(studies.c.attempts, *_LONGEST)
+_BUSY = select(studies.c.id).where(or_(studies.c.work == Work.RUNNING, _DUE)).limit(1)
+_RUNNING = update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.RUNNING)
+_OF_CLAIMS = select(
+    files.c.id, files.c.study_id, files.c.claim, files.c.raw_name, files.c.place
+).where(files.c.claim.in_(AMONG))
+_LIES = update(files).where(files.c.id == bindparam("number"))
+_NO_TRY = {"attempts": 0, "last_error": None, "not_before": None}
+_SETTLED = (
+    update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.SETTLED, rerun=False, **_NO_TRY)
+)
+_ONCE_MORE = update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.QUEUED, **_NO_TRY)
+_SOUND = update(files).where(files.c.study_id.in_(AMONG), files.c.problem != "").values(problem="")
+_EVENTS = insert(events)
+_TRACES: CompoundSelect[str | None] = (
+    union(  # of claims (see `_Arrival`), wherever they may be stored
+        select(files.c.claim).where(files.c.claim.in_(AMONG)),
+        select(studies.c.id).where(studies.c.id.in_(AMONG)),
+        select(studies.c.digest).where(studies.c.digest.in_(AMONG)),
+        select(studies.c.study_uid).where(studies.c.study_uid.in_(AMONG)),
+        select(studies.c.key).where(studies.c.kind == Kind.FOLDER, studies.c.key.in_(AMONG)),
+    )
+)
+_NEW_STUDIES = insert(studies)
+_NEW_FILES = insert(files)
+_FIRST_READINGS = insert(readings)
+_ID_DIGITS = 12
 
 
 class Store(Results):
@@ -103,12 +150,12 @@ class Store(Results):
         if bare := [claim.id for claim in claims if not claim.files]:
             msg = f"claim {bare[0]} has no files"
             raise ValueError(msg)
-        left = [claim for claim in claims if claim.place is Place.INBOX]
+        left = any(claim.place is Place.INBOX for claim in claims)
         ledger = self._known_files() if left else {}
+        news: Ledger = {}
         with self._write() as connection:
-            recorded = [_record(connection, claim, ledger, late_hours) for claim in claims]
-        for claim in left:
-            ledger.update({os.fsencode(file.name): _fingerprint(file) for file in claim.files})
+            recorded = _Intake(connection, ChainMap(news, ledger), late_hours).record(claims)
+        ledger.update(news)
         return recorded
 
     def seen(self, name: str, size: int, mtime_ns: int, inode: int) -> bool:
@@ -122,27 +169,27 @@ class Store(Results):
         stated = {
             (move.claim, os.fsencode(name)): move.place for move in moves for name in move.names
         }
-        columns = (files.c.id, files.c.study_id, files.c.claim, files.c.raw_name, files.c.place)
-        named = tuple_(files.c.claim, files.c.raw_name)
-        changed: dict[Place, list[int]] = {}
-        count: Counter[tuple[str, str, Place]] = Counter()
+        changed = defaultdict[tuple[str, str, Place], list[int]](list)
         with self._write() as connection:
-            for some in chunks(list(stated)):
-                for row in connection.execute(select(*columns).where(named.in_(some))):
-                    place = stated[row.claim, row.raw_name]
-                    if row.place != place:
-                        changed.setdefault(place, []).append(row.id)
-                        count[row.study_id, row.claim, place] += 1
-            for place, numbers in changed.items():
-                for few in chunks(numbers):
-                    lies = update(files).where(files.c.id.in_(few)).values(place=place)
-                    connection.execute(lies)
+            claims = list({move.claim for move in moves})
+            for number, study, claim, name, lay in among(connection, _OF_CLAIMS, claims):
+                place = stated.get((claim, name), Place(lay))
+                if place != lay:
+                    changed[study, claim, place].append(number)
+            if not changed:
+                return
+            lies = [
+                {"number": number, "place": place}
+                for (_, _, place), numbers in changed.items()
+                for number in numbers
+            ]
+            connection.execute(_LIES, lies)
             now = datetime.now(UTC)
             _log_all(
                 connection,
                 (
-                    (now, "moved", {"claim": claim, "place": place, "files": number}, study)
-                    for (study, claim, place), number in count.items()
+                    (now, "moved", {"claim": claim, "place": place, "files": len(numbers)}, study)
+                    for (study, claim, place), numbers in changed.items()
                 ),
             )
 
@@ -170,26 +217,18 @@ class Store(Results):
         when a process was killed come after all others, one at a time, and only where nothing
         else is under way (``idle``): so that the one that ends the program is found.
         """
-        due = select(studies.c.id).where(is_due(now))
-        interrupted = studies.c.last_error.is_not_distinct_from(_INTERRUPTED)
-        longest = (studies.c.received_at, studies.c.id)
-        usual = due.where(~interrupted).order_by(studies.c.rerun, *longest).limit(limit)
-        alone = due.where(interrupted).order_by(studies.c.attempts, *longest).limit(1)
         with self._write() as connection:
-            ids = list(connection.execute(usual).scalars())
+            ids = connection.execute(_USUAL, {"now": now, "limit": limit}).scalars().all()
             if not ids and idle:
-                ids = list(connection.execute(alone).scalars())
-            if not ids:
-                return []
-            running = update(studies).where(studies.c.id.in_(ids)).values(work=Work.RUNNING)
-            connection.execute(running)
+                ids = connection.execute(_ALONE, {"now": now, "limit": 1}).scalars().all()
+            for some in chunks(ids):
+                connection.execute(_RUNNING, {AMONG.key: some})
             return stored_studies(connection, ids)
 
     def busy(self, now: datetime) -> bool:
         """Return whether any study is running, or queued and due."""
-        wanted = select(studies.c.id).where(or_(studies.c.work == Work.RUNNING, is_due(now)))
         with reading(self._engine) as connection:
-            return connection.execute(wanted.limit(1)).first() is not None
+            return connection.execute(_BUSY, {"now": now}).first() is not None
 
     def recover(self, most: int) -> int:
         """Queue again what an earlier process was running; return how many.
@@ -215,12 +254,12 @@ class Store(Results):
                 queued.values(attempts=studies.c.attempts + 1, **again)
             ).rowcount
 
-    def commit(self, *outcomes: StudyOutcome) -> None:
+    def commit(self, *outcomes: StudyOutcome) -> list[StoredStudy]:
         """Store what one pass over each study found out: results, readings, problems, events.
 
         All or none, and each study at most once. A key that is stored already keeps its row,
         except on a rerun, which makes a new one. The studies are settled, or queued again where
-        more was asked of them meanwhile.
+        more was asked of them meanwhile; returned is what is stored of them now.
 
         Raises:
             Misconfigured: a study, or a result that a reading names, is not stored.
@@ -230,35 +269,22 @@ class Store(Results):
             msg = f"an outcome of study {bare[0]} without a reading"
             raise ValueError(msg)
         with self._write() as connection:
-            rows = _study_rows(connection, [outcome.study_id for outcome in outcomes])
-            fresh = {o.study_id for o in outcomes if rows[o.study_id]["request"] == o.request}
-            reruns = {study for study in fresh if rows[study]["rerun"]}
+            asked = _asked(connection, [outcome.study_id for outcome in outcomes])
+            fresh = {o.study_id for o in outcomes if asked[o.study_id].request == o.request}
+            reruns = {study for study in fresh if asked[study].rerun}
             revisions = Revisions(connection, outcomes, reruns)
-            _show(
-                connection,
-                [
-                    (outcome, reading, revisions.place(outcome, reading))
-                    for outcome in outcomes
-                    for reading in outcome.readings
-                ],
-                {study: row["received_at"] for study, row in rows.items()},
-            )
+            placed = revisions.place()
+            revisions.show(placed, {study: row.received_at for study, row in asked.items()})
             _note_problems(connection, outcomes)
-            _log_all(
-                connection,
-                (
-                    (outcome.at, what, detail, outcome.study_id)
-                    for outcome in outcomes
-                    for what, detail in outcome.events
-                ),
-            )
+            _log_all(connection, _happened(placed, outcomes))
             _settle(connection, fresh, fresh=True)
-            _settle(connection, set(rows) - fresh, fresh=False)
+            _settle(connection, set(asked) - fresh, fresh=False)
+            return stored_studies(connection, asked)
 
     def defer(self, study_id: str, error: str, not_before: datetime) -> int:
         """Queue a study for another try; return how many tries have failed."""
         with self._write() as connection:
-            attempts = int(_study_row(connection, study_id)["attempts"]) + 1
+            attempts = int(_asked(connection, [study_id])[study_id].attempts) + 1
             connection.execute(
                 update(studies)
                 .where(studies.c.id == study_id)
@@ -273,7 +299,7 @@ class Store(Results):
     def fail(self, study_id: str, request: int, code: str, reason: str, at: datetime) -> None:
         """Give a study up: all its readings fail, with what they last showed kept."""
         with self._write() as connection:
-            fresh = _study_row(connection, study_id)["request"] == request
+            fresh = _asked(connection, [study_id])[study_id].request == request
             _fail(connection, study_id, code, reason, at)
             _settle(connection, {study_id}, fresh=fresh)
 
@@ -356,108 +382,225 @@ class Store(Results):
 # ---- which study
 
 
-def _record(
-    connection: Connection, claim: ClaimRecord, ledger: Ledger, late_hours: float
-) -> Recorded:
-    replayed = select(files.c.study_id).where(files.c.claim == claim.id).limit(1)
-    if (known := connection.execute(replayed).scalar()) is not None:
-        return Recorded(known, "replayed", _request(connection, known))
-    _replace(connection, claim, ledger)
-    study = _study_of(connection, claim, late_hours)
-    if study is not None:
-        return _add_to(connection, study, claim)
-    study = _new_study(connection, claim)
-    _add_files(connection, study, claim)
-    _log(connection, claim.received_at, "new", _about(claim), study)
-    return Recorded(study, "new", 1)
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A claim, and what its study can be known by.
+
+    Attributes:
+        uid: Study Instance UID that groups DICOM claims; a header that fails later changes nothing.
+        folder: what makes two folders one: the masked path in the inbox; outside the site, the
+            whole path. None where the claim is no folder.
+        digest: content digest of its files.
+        whole: what a new study's id begins.
+    """
+
+    claim: ClaimRecord
+    uid: str | None
+    folder: str | None
+    digest: str
+    whole: str
+
+    @classmethod
+    def of(cls, claim: ClaimRecord) -> _Arrival:
+        key = (claim.key or claim.study_uid) if claim.kind == Kind.DICOM else None
+        uid = None if key is None else clean(key)
+        folder = None
+        if claim.kind == Kind.FOLDER:
+            path = os.fspath(Path(claim.root, claim.key)) if claim.root else claim.key
+            folder = masked(path)
+        digest = content_digest(file.sha256 for file in claim.files)
+        name = folder or masked(claim.files[0].name)
+        parts = (claim.kind, uid) if uid is not None else (claim.kind, name, digest)
+        whole = hashlib.sha256("\0".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
+        return cls(claim, uid, folder, digest, whole)
+
+    @property
+    def id(self) -> str:
+        """The id of its study, if it is new and no other study has it."""
+        return self.whole[:_ID_DIGITS]
+
+    @property
+    def traces(self) -> set[str]:
+        """What is stored once the claim is; where none of it is stored, its study is new."""
+        traces = {self.claim.id, self.id, self.digest}
+        return traces | {trace for trace in (self.uid, self.folder) if trace is not None}
 
 
-def _study_of(connection: Connection, claim: ClaimRecord, late_hours: float) -> str | None:
-    uid = _uid(claim)
-    if uid is not None:
-        same = and_(studies.c.kind == Kind.DICOM, studies.c.study_uid == uid)
-        return connection.execute(select(studies.c.id).where(same)).scalar()
-    of_claim = content_digest(file.sha256 for file in claim.files)
-    twin = select(studies.c.id).where(studies.c.digest == of_claim)
-    found = connection.execute(twin.order_by(studies.c.received_at).limit(1)).scalar()
-    if found is not None or claim.kind != Kind.FOLDER:
-        return found
-    return _earlier_folder(connection, claim, late_hours)
+class _Intake:
+    """Claims on the way to their studies, in one transaction.
 
+    Those of which no trace is stored make new studies, written together; every other one is
+    looked at by itself, after all that came before it.
+    """
 
-def _earlier_folder(connection: Connection, claim: ClaimRecord, late_hours: float) -> str | None:
-    last = func.max(files.c.received_at)
-    same_path = (
-        select(studies.c.id, last)
-        .select_from(studies.join(files))
-        .where(studies.c.kind == Kind.FOLDER, studies.c.key == _folder_key(claim))
-        .group_by(studies.c.id)
-        .order_by(last.desc())
-    )
-    contents = {file.sha256 for file in claim.files}
-    for study, arrived in connection.execute(same_path).all():
-        its_files = select(files.c.sha256).where(files.c.study_id == study)
-        if arrived >= claim.received_at - timedelta(hours=late_hours) or not contents.isdisjoint(
-            connection.execute(its_files).scalars()
-        ):
-            return str(study)
-    return None
+    def __init__(
+        self,
+        connection: Connection,
+        ledger: MutableMapping[bytes, Fingerprint],
+        late_hours: float,
+    ) -> None:
+        self._connection = connection
+        self._ledger = ledger
+        self._late = timedelta(hours=late_hours)
+        self._stored: set[str | None] = set()  # traces, in the database or among the new ones
+        self._new: dict[str, _Arrival] = {}  # studies that are not yet written, by id
 
+    def record(self, claims: Iterable[ClaimRecord]) -> list[Recorded]:
+        arrivals = [_Arrival.of(claim) for claim in claims]
+        traces = list(set().union(*(arrival.traces for arrival in arrivals)))
+        self._stored.update(trace for (trace,) in among(self._connection, _TRACES, traces))
+        recorded = [self._record(arrival) for arrival in arrivals]
+        self._write_new()
+        return recorded
 
-def _uid(claim: ClaimRecord) -> str | None:
-    """A DICOM claim is grouped by its UID; a header that fails later changes nothing."""
-    return (claim.key or claim.study_uid) if claim.kind == Kind.DICOM else None
+    def _record(self, arrival: _Arrival) -> Recorded:
+        claim = arrival.claim
+        left = claim.files if claim.place is Place.INBOX else ()
+        names = {os.fsencode(file.name): _fingerprint(file) for file in left}
+        replaced = [name for name in names if name in self._ledger]
+        if replaced or not self._stored.isdisjoint(arrival.traces):
+            self._write_new()
+            recorded = self._record_alone(arrival, replaced)
+        else:
+            self._new[arrival.id] = arrival
+            recorded = Recorded(arrival.id, "new", 1)
+        self._stored |= arrival.traces
+        self._ledger.update(names)
+        return recorded
 
+    def _record_alone(self, arrival: _Arrival, replaced: list[bytes]) -> Recorded:
+        of_claim = select(studies.c.id, studies.c.request).join(files)
+        replayed = of_claim.where(files.c.claim == arrival.claim.id).limit(1)
+        if (known := self._connection.execute(replayed).first()) is not None:
+            return Recorded(known.id, "replayed", known.request)
+        if replaced:
+            lay = and_(files.c.place == Place.INBOX, files.c.raw_name.in_(replaced))
+            self._connection.execute(update(files).where(lay).values(place=Place.REPLACED))
+        study = self._study_of(arrival)
+        if study is not None:
+            return self._add_to(study, arrival)
+        study = self._free_id(arrival.whole)
+        self._new[study] = arrival
+        return Recorded(study, "new", 1)
 
-def _folder_key(claim: ClaimRecord) -> str:
-    """What makes two folders one: the path in the inbox; outside the site, the whole path."""
-    return masked(os.fspath(Path(claim.root, claim.key)) if claim.root else claim.key)
+    def _study_of(self, arrival: _Arrival) -> str | None:
+        if arrival.uid is not None:
+            same = and_(studies.c.kind == Kind.DICOM, studies.c.study_uid == arrival.uid)
+            return self._connection.execute(select(studies.c.id).where(same)).scalar()
+        twin = select(studies.c.id).where(studies.c.digest == arrival.digest)
+        first = twin.order_by(studies.c.received_at).limit(1)
+        found = self._connection.execute(first).scalar()
+        if found is not None or arrival.folder is None:
+            return found
+        return self._earlier_folder(arrival)
 
-
-def _new_study(connection: Connection, claim: ClaimRecord) -> str:
-    uid = _uid(claim)
-    digest = content_digest(file.sha256 for file in claim.files)
-    key = _folder_key(claim) if claim.kind == Kind.FOLDER else ""
-    name = key or masked(claim.files[0].name)
-    parts = (claim.kind, uid) if uid is not None else (claim.kind, name, digest)
-    whole = hashlib.sha256("\0".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
-    lengths = range(12, len(whole) + 1)  # longer only where 12 digits are another study's
-    taken = select(studies.c.id)
-    study = next(
-        whole[:length]
-        for length in lengths
-        if connection.execute(taken.where(studies.c.id == whole[:length])).scalar() is None
-    )
-    connection.execute(
-        insert(studies).values(
-            id=study,
-            kind=claim.kind,
-            key=key,
-            study_uid=uid or claim.study_uid,
-            accession=claim.accession,
-            digest=digest,
-            source=_shown_source(claim),
-            received_at=claim.received_at,
-            work=Work.QUEUED if claim.queue else Work.RUNNING,
-            request=1,
-            attempts=0,
-            rerun=False,
-            set_all=False,
+    def _earlier_folder(self, arrival: _Arrival) -> str | None:
+        last = func.max(files.c.received_at)
+        same_path = (
+            select(studies.c.id, last)
+            .select_from(studies.join(files))
+            .where(studies.c.kind == Kind.FOLDER, studies.c.key == arrival.folder)
+            .group_by(studies.c.id)
+            .order_by(last.desc())
         )
-    )
-    connection.execute(
-        insert(readings).values(
-            study_id=study,
-            area="",
-            received_at=claim.received_at,
-            state=State.QUEUED,
-            reason_code="",
-            reason="",
-            evidence=[],
-            updated_at=claim.received_at,
+        contents = {file.sha256 for file in arrival.claim.files}
+        for study, arrived in self._connection.execute(same_path).all():
+            its_files = select(files.c.sha256).where(files.c.study_id == study)
+            if arrived >= arrival.claim.received_at - self._late or not contents.isdisjoint(
+                self._connection.execute(its_files).scalars()
+            ):
+                return str(study)
+        return None
+
+    def _free_id(self, whole: str) -> str:
+        """The 12 digits are longer only where they are another study's."""
+        taken = select(studies.c.id)
+        return next(
+            whole[:length]
+            for length in range(_ID_DIGITS, len(whole) + 1)
+            if self._connection.execute(taken.where(studies.c.id == whole[:length])).first() is None
         )
-    )
-    return study
+
+    def _add_to(self, study: str, arrival: _Arrival) -> Recorded:
+        """Add a claim to a study; contents that it did not have queue it again."""
+        claim = arrival.claim
+        before = _asked(self._connection, [study])[study]
+        self._connection.execute(_NEW_FILES, _file_rows(study, claim))
+        hashes = select(files.c.sha256)
+        present = hashes.where(files.c.study_id == study, files.c.place != Place.REPLACED)
+        digest = content_digest(self._connection.execute(present).scalars())
+        if digest == before.digest:
+            _log(self._connection, claim.received_at, "duplicate", _about(claim), study)
+            return Recorded(study, "duplicate", before.request)
+        self._stored.add(digest)
+        changed = update(studies).where(studies.c.id == study).values(digest=digest)
+        self._connection.execute(changed)
+        _queue(self._connection, [study], "late", _about(claim))
+        return Recorded(study, "late", before.request + 1)
+
+    def _write_new(self) -> None:
+        if not (new := self._new):
+            return
+        self._new = {}
+        write = self._connection.execute
+        write(_NEW_STUDIES, [_study_row(study, arrival) for study, arrival in new.items()])
+        write(_FIRST_READINGS, [_first_reading(study, a.claim) for study, a in new.items()])
+        write(_NEW_FILES, [row for study, a in new.items() for row in _file_rows(study, a.claim)])
+        _log_all(
+            self._connection,
+            ((a.claim.received_at, "new", _about(a.claim), study) for study, a in new.items()),
+        )
+
+
+def _study_row(study: str, arrival: _Arrival) -> dict[str, Any]:
+    claim = arrival.claim
+    return {
+        "id": study,
+        "kind": claim.kind,
+        "key": arrival.folder or "",
+        "study_uid": arrival.uid or claim.study_uid,
+        "accession": claim.accession,
+        "digest": arrival.digest,
+        "source": _shown_source(claim),
+        "received_at": claim.received_at,
+        "work": Work.QUEUED if claim.queue else Work.RUNNING,
+        "request": 1,
+        "attempts": 0,
+        "rerun": False,
+        "set_all": False,
+    }
+
+
+def _first_reading(study: str, claim: ClaimRecord) -> dict[str, Any]:
+    return {
+        "study_id": study,
+        "area": "",
+        "received_at": claim.received_at,
+        "state": State.QUEUED,
+        "reason_code": "",
+        "reason": "",
+        "evidence": [],
+        "updated_at": claim.received_at,
+    }
+
+
+def _file_rows(study: str, claim: ClaimRecord) -> list[dict[str, Any]]:
+    return [
+        {
+            "study_id": study,
+            "claim": claim.id,
+            "raw_name": os.fsencode(Path(claim.root, file.name) if claim.root else file.name),
+            "source": masked(file.name),
+            "sha256": file.sha256,
+            "size": file.size,
+            "mtime_ns": str(file.mtime_ns),
+            "inode": str(file.inode),
+            "place": claim.place,
+            "problem": file.problem,
+            "received_at": claim.received_at,
+        }
+        for file in claim.files
+    ]
 
 
 def _shown_source(claim: ClaimRecord) -> str:
@@ -469,78 +612,27 @@ def _shown_source(claim: ClaimRecord) -> str:
     return masked(shared or names[0])
 
 
-def _add_to(connection: Connection, study: str, claim: ClaimRecord) -> Recorded:
-    """Add a claim to a study; contents that it did not have queue it again."""
-    before = _study_row(connection, study)
-    _add_files(connection, study, claim)
-    hashes = select(files.c.sha256)
-    present = hashes.where(files.c.study_id == study, files.c.place != Place.REPLACED)
-    digest = content_digest(connection.execute(present).scalars())
-    if digest == before["digest"]:
-        _log(connection, claim.received_at, "duplicate", _about(claim), study)
-        return Recorded(study, "duplicate", before["request"])
-    connection.execute(update(studies).where(studies.c.id == study).values(digest=digest))
-    _queue(connection, [study], "late", _about(claim))
-    return Recorded(study, "late", before["request"] + 1)
-
-
 def _about(claim: ClaimRecord) -> Json:
     return {"claim": claim.id, "files": len(claim.files), "settled_by": claim.settled_by}
 
 
-def _add_files(connection: Connection, study: str, claim: ClaimRecord) -> None:
-    connection.execute(
-        insert(files),
-        [
-            {
-                "study_id": study,
-                "claim": claim.id,
-                "raw_name": os.fsencode(Path(claim.root, file.name) if claim.root else file.name),
-                "source": masked(file.name),
-                "sha256": file.sha256,
-                "size": file.size,
-                "mtime_ns": str(file.mtime_ns),
-                "inode": str(file.inode),
-                "place": claim.place,
-                "problem": file.problem,
-                "received_at": claim.received_at,
-            }
-            for file in claim.files
-        ],
-    )
-
-
-def _replace(connection: Connection, claim: ClaimRecord, ledger: Ledger) -> None:
-    """Mark what lay under the claim's names before, where files stay in the inbox."""
-    names = [name for file in claim.files if (name := os.fsencode(file.name)) in ledger]
-    if names:
-        lay = and_(files.c.place == Place.INBOX, files.c.raw_name.in_(names))
-        connection.execute(update(files).where(lay).values(place=Place.REPLACED))
-
-
-def _fingerprint(file: ClaimedFile) -> tuple[int, str, str]:
+def _fingerprint(file: ClaimedFile) -> Fingerprint:
     return file.size, str(file.mtime_ns), str(file.inode)
 
 
 # ---- rows of one study
 
 
-def _study_rows(connection: Connection, ids: Sequence[str]) -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for some in chunks(ids):
-        wanted = select(studies).where(studies.c.id.in_(some))
-        rows |= {row["id"]: row for row in connection.execute(wanted).mappings()}
+def _asked(connection: Connection, ids: Sequence[str]) -> dict[str, Row[*tuple[Any, ...]]]:
+    """Return what is asked of each study, in the order of ``ids``.
+
+    Raises:
+        Misconfigured: a study is not stored.
+    """
+    rows = {row.id: row for row in among(connection, _ASKED, ids)}
     if missing := [study for study in ids if study not in rows]:
         raise Misconfigured(f"No study {missing[0]!r}: see `mura-batch query`.")
-    return rows
-
-
-def _study_row(connection: Connection, study: str) -> Any:
-    return _study_rows(connection, [study])[study]
-
-
-def _request(connection: Connection, study: str) -> int:
-    return int(_study_row(connection, study)["request"])
+    return {study: rows[study] for study in ids}
 
 
 def _queue(
@@ -572,64 +664,27 @@ def _fail(connection: Connection, study: str, code: str, reason: str, at: dateti
 
 
 def _settle(connection: Connection, ids: Collection[str], *, fresh: bool) -> None:
-    values: dict[str, Any] = {"attempts": 0, "last_error": None, "not_before": None}
-    values |= {"work": Work.SETTLED, "rerun": False} if fresh else {"work": Work.QUEUED}
     for some in chunks(sorted(ids)):
-        connection.execute(update(studies).where(studies.c.id.in_(some)).values(**values))
+        connection.execute(_SETTLED if fresh else _ONCE_MORE, {AMONG.key: some})
 
 
-def _show(
-    connection: Connection,
-    placed: Sequence[tuple[StudyOutcome, ReadingOutcome, int | None]],
-    received_at: Mapping[str, datetime],
-) -> None:
-    """Make the current rows of some studies: one for each of their areas, and no others."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {
-        (outcome.study_id, reading.area or ""): {
-            "received_at": received_at[outcome.study_id],
-            "state": reading.state,
-            "reason_code": reading.reason_code,
-            "reason": reading.reason,
-            "area_source": reading.area_source,
-            "evidence": reading.evidence,
-            "result_id": result,
-            "updated_at": outcome.at,
-        }
-        for outcome, reading, result in placed
-    }
-    before: dict[tuple[str, str], int] = {}
-    for some in chunks(sorted(received_at)):
-        columns = select(readings.c.study_id, readings.c.area, readings.c.id)
-        there = connection.execute(columns.where(readings.c.study_id.in_(some)))
-        before |= {(row.study_id, row.area): row.id for row in there}
-    for gone in chunks([number for key, number in before.items() if key not in rows]):
-        connection.execute(delete(readings).where(readings.c.id.in_(gone)))
-    if kept := [{"number": before[key]} | row for key, row in rows.items() if key in before]:
-        same = readings.c.id == bindparam("number")
-        fields: dict[str, Any] = {name: bindparam(name) for name in kept[0] if name != "number"}
-        connection.execute(update(readings).where(same).values(fields), kept)
-    new = [{"study_id": s, "area": a} | row for (s, a), row in rows.items() if (s, a) not in before]
-    if new:
-        connection.execute(insert(readings), new)
-    _log_all(
-        connection,
-        (
-            (
-                outcome.at,
-                reading.state,
-                {"area": reading.area or "", "result": result, "code": reading.reason_code},
-                outcome.study_id,
-            )
-            for outcome, reading, result in placed
-        ),
-    )
+def _happened(
+    placed: Iterable[Placed], outcomes: Iterable[StudyOutcome]
+) -> Iterator[tuple[datetime, str, Json, str]]:
+    """Yield what the log keeps of a pass: how each area ended, and what else was seen."""
+    for each in placed:
+        reading = each.reading
+        how = {"area": reading.area or "", "result": each.result, "code": reading.reason_code}
+        yield each.outcome.at, reading.state, how, each.outcome.study_id
+    for outcome in outcomes:
+        for what, detail in outcome.events:
+            yield outcome.at, what, detail, outcome.study_id
 
 
 def _note_problems(connection: Connection, outcomes: Sequence[StudyOutcome]) -> None:
     """Keep with each file why this pass could not score it, or that it could."""
     for some in chunks([outcome.study_id for outcome in outcomes]):
-        told = and_(files.c.study_id.in_(some), files.c.problem != "")
-        connection.execute(update(files).where(told).values(problem=""))
+        connection.execute(_SOUND, {AMONG.key: some})
     for outcome in outcomes:
         for problem in outcome.problems:
             same = and_(files.c.study_id == outcome.study_id, files.c.sha256 == problem.sha256)
@@ -704,4 +759,4 @@ def _log_all(
     """Append to the log: when, what, its detail, and to which study."""
     names = ("at", "what", "detail", "study_id")
     if rows := [dict(zip(names, entry, strict=True)) for entry in happened]:
-        connection.execute(insert(events), rows)
+        connection.execute(_EVENTS, rows)

@@ -340,7 +340,8 @@ def masked(name: str) -> str:
 
     MURA's folders carry the truth (``study1_positive``); it must not reach a page or an export.
     """
-    return _LABEL.sub("*", "".join(map(_displayable, name)))
+    shown = name if name.isprintable() else "".join(map(_displayable, name))
+    return _LABEL.sub("*", shown)
 
 
 def _displayable(character: str) -> str:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -173,6 +173,85 @@ def test_dicom_belongs_to_its_study_uid_at_any_time(store):
     assert (row.study_uid, row.accession, row.source) == ("1.2.3", "A1", "dump/a.dcm")
 
 
+def test_claims_of_one_study_that_are_recorded_together_find_each_other(store):
+    made = [
+        folder("p1/hand", "a"),
+        dicom("1.2.3", "x"),
+        folder("p1/hand", "b", hours=1),  # late images of the first
+        dicom("1.2.3", "y"),
+        folder("elsewhere", "a", "b", hours=900),  # what the first study is by now
+        loose("x.dcm", "c"),
+        loose("c.png", "c"),
+    ]
+    made.append(made[0])
+    recorded = store.record(made, late_hours=24)
+    hand, uid, *_, single, _, _ = (one.study_id for one in recorded)
+    assert [(one.study_id, one.outcome, one.request) for one in recorded] == [
+        (hand, "new", 1),
+        (uid, "new", 1),
+        (hand, "late", 2),
+        (uid, "late", 2),
+        (hand, "duplicate", 2),
+        (single, "new", 1),
+        (single, "duplicate", 1),
+        (hand, "replayed", 2),
+    ]
+    assert [len(study.files) for study in store.studies([hand, uid, single])] == [4, 2, 2]
+    assert [event.what for event in store.events(hand)] == ["new", "late", "duplicate"]
+
+
+claims_of_a_group = st.lists(
+    st.tuples(
+        st.sampled_from(["folder", "left", "dicom", "loose"]),
+        st.sampled_from(["p1", "p2"]),
+        st.sets(st.sampled_from("abc"), min_size=1, max_size=2),
+        st.sampled_from([0, 10, 40]),
+        st.booleans(),
+    ),
+    min_size=2,
+    max_size=8,
+)
+
+
+def test_claims_recorded_together_become_what_they_become_one_by_one(new_url):
+    with Store.open(new_url()) as together, Store.open(new_url()) as apart:
+
+        @settings(max_examples=40, deadline=None)
+        @given(drawn=claims_of_a_group)
+        def compared(drawn):
+            example = f"example{next(_names)}"
+
+            def arrived(kind, key, contents, hours):
+                named = [f"{example}{content}" for content in sorted(contents)]
+                if kind == "dicom":
+                    return dicom(f"{example}.{key}", *named, hours=hours)
+                if kind == "loose":
+                    return loose(f"{example}{key}.png", named[0], hours=hours)
+                place = Place.INBOX if kind == "left" else Place.WORK
+                made = folder(f"{example}/{key}", *named, hours=hours, place=place)
+                files = (dataclasses.replace(made.files[0], name=f"{example}/{key}/same.png"),)
+                return dataclasses.replace(made, files=files + made.files[1:])
+
+            made = [arrived(*which) for *which, _ in drawn]
+            made += [one for one, (*_, again) in zip(made, drawn, strict=True) if again]
+            recorded = together.record(made, late_hours=24)
+            assert recorded == [record(apart, one) for one in made]
+            ids = [one.study_id for one in recorded]
+            assert together.studies(ids) == apart.studies(ids)
+            logged = [[(e.what, e.detail) for e in s.events(ids[-1])] for s in (together, apart)]
+            assert logged[0] == logged[1]
+
+        compared()
+
+
+def test_an_id_is_longer_only_where_its_beginning_is_another_studys(store, monkeypatch):
+    monkeypatch.setattr("mura_batch.store._ID_DIGITS", 1)
+    made = [loose(f"{number}.png", str(number)) for number in range(20)]
+    ids = [one.study_id for one in store.record(made, late_hours=24)]
+    assert len(set(ids)) == 20
+    assert sorted({len(study) for study in ids})[:2] == [1, 2]
+
+
 def test_a_label_in_a_path_is_never_shown(store):
     record(store, folder("XR_HAND/p1/study1_positive", "a"))
     finish(store, waiting(State.NEEDS_AREA))
@@ -218,11 +297,13 @@ def test_studies_are_committed_together_or_not_at_all(store):
     assert {row.state for row in rows(store)} == {"running"}
     late = folder("b", "more")
     record(store, late)  # while the second study is under way
-    store.commit(
+    stored = store.commit(
         outcome(first, done()),
         outcome(second, done(Area.XR_WRIST), waiting(State.NO_WEIGHTS, Area.XR_HAND)),
         outcome(third, waiting(State.QUARANTINED, code="truncated")),
     )
+    assert stored == store.studies([first.id, second.id, third.id])
+    assert [len(study.files) for study in stored] == [1, 2, 1]
     found = {(row.source, row.area): row.state for row in rows(store)}
     assert found == {
         ("a", "XR_HAND"): "done",
