@@ -6,30 +6,22 @@ counts up its ``request``, so that an outcome that is older than the last reques
 
 from __future__ import annotations
 
-import hashlib
 import os
-import posixpath
 import threading
 from collections import ChainMap, defaultdict
-from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, ClassVar
+from datetime import UTC, datetime
+from typing import ClassVar
 
 from sqlalchemy import (
     ColumnElement,
-    CompoundSelect,
     Connection,
-    Row,
     and_,
     bindparam,
-    func,
     insert,
     or_,
     select,
-    union,
     update,
 )
 from sqlalchemy.engine import Engine
@@ -37,8 +29,8 @@ from sqlalchemy.engine import Engine
 from mura_batch.area import Area
 from mura_batch.engine import reading, writing
 from mura_batch.errors import Misconfigured
+from mura_batch.intake import Intake, Ledger
 from mura_batch.records import (
-    ClaimedFile,
     ClaimRecord,
     Filters,
     Json,
@@ -63,23 +55,13 @@ from mura_batch.results import (
     stored_studies,
 )
 from mura_batch.revisions import Placed, Revisions
-from mura_batch.schema import clean, events, files, labels, readings, results, studies
-from mura_batch.study import Kind, content_digest, masked
+from mura_batch.schema import files, labels, readings, results, studies
+from mura_batch.worklist import asked_of, fail, log, log_all, queue, settle
 
 _WAITING = (State.NEEDS_AREA, State.NO_WEIGHTS)
 _GONE = (Place.DELETED, Place.REPLACED)
 _INTERRUPTED = "the program ended while this study was under way: it is tried again, alone"
-Fingerprint = tuple[int, str, str]  # size, mtime_ns, inode
-Ledger = dict[bytes, Fingerprint]  # of the files that were left in the inbox, by raw name
 
-_ASKED = select(
-    studies.c.id,
-    studies.c.digest,
-    studies.c.received_at,
-    studies.c.request,
-    studies.c.attempts,
-    studies.c.rerun,
-).where(studies.c.id.in_(AMONG))
 _DUE = and_(  # queued, and not waiting for a retry
     studies.c.work == Work.QUEUED,
     or_(studies.c.not_before.is_(None), studies.c.not_before <= bindparam("now")),
@@ -95,26 +77,7 @@ _OF_CLAIMS = select(
     files.c.id, files.c.study_id, files.c.claim, files.c.raw_name, files.c.place
 ).where(files.c.claim.in_(AMONG))
 _LIES = update(files).where(files.c.id == bindparam("number"))
-_NO_TRY = {"attempts": 0, "last_error": None, "not_before": None}
-_SETTLED = (
-    update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.SETTLED, rerun=False, **_NO_TRY)
-)
-_ONCE_MORE = update(studies).where(studies.c.id.in_(AMONG)).values(work=Work.QUEUED, **_NO_TRY)
 _SOUND = update(files).where(files.c.study_id.in_(AMONG), files.c.problem != "").values(problem="")
-_EVENTS = insert(events)
-_TRACES: CompoundSelect[str | None] = (
-    union(  # of claims (see `_Arrival`), wherever they may be stored
-        select(files.c.claim).where(files.c.claim.in_(AMONG)),
-        select(studies.c.id).where(studies.c.id.in_(AMONG)),
-        select(studies.c.digest).where(studies.c.digest.in_(AMONG)),
-        select(studies.c.study_uid).where(studies.c.study_uid.in_(AMONG)),
-        select(studies.c.key).where(studies.c.kind == Kind.FOLDER, studies.c.key.in_(AMONG)),
-    )
-)
-_NEW_STUDIES = insert(studies)
-_NEW_FILES = insert(files)
-_FIRST_READINGS = insert(readings)
-_ID_DIGITS = 12
 
 
 class Store(Results):
@@ -154,7 +117,7 @@ class Store(Results):
         ledger = self._known_files() if left else {}
         news: Ledger = {}
         with self._write() as connection:
-            recorded = _Intake(connection, ChainMap(news, ledger), late_hours).record(claims)
+            recorded = Intake(connection, ChainMap(news, ledger), late_hours).record(claims)
         ledger.update(news)
         return recorded
 
@@ -185,7 +148,7 @@ class Store(Results):
             ]
             connection.execute(_LIES, lies)
             now = datetime.now(UTC)
-            _log_all(
+            log_all(
                 connection,
                 (
                     (now, "moved", {"claim": claim, "place": place, "files": len(numbers)}, study)
@@ -247,8 +210,8 @@ class Store(Results):
                     f"the program ended {times} times while this study was under way: it may be"
                     f" the cause; look at its files, then `mura-batch rerun {study}`"
                 )
-                _fail(connection, study, "interrupted", reason, datetime.now(UTC))
-                _settle(connection, {study}, fresh=True)
+                fail(connection, study, "interrupted", reason, datetime.now(UTC))
+                settle(connection, {study}, fresh=True)
             queued = update(studies).where(running)
             return connection.execute(
                 queued.values(attempts=studies.c.attempts + 1, **again)
@@ -269,22 +232,22 @@ class Store(Results):
             msg = f"an outcome of study {bare[0]} without a reading"
             raise ValueError(msg)
         with self._write() as connection:
-            asked = _asked(connection, [outcome.study_id for outcome in outcomes])
+            asked = asked_of(connection, [outcome.study_id for outcome in outcomes])
             fresh = {o.study_id for o in outcomes if asked[o.study_id].request == o.request}
             reruns = {study for study in fresh if asked[study].rerun}
             revisions = Revisions(connection, outcomes, reruns)
             placed = revisions.place()
             revisions.show(placed, {study: row.received_at for study, row in asked.items()})
             _note_problems(connection, outcomes)
-            _log_all(connection, _happened(placed, outcomes))
-            _settle(connection, fresh, fresh=True)
-            _settle(connection, set(asked) - fresh, fresh=False)
+            log_all(connection, _happened(placed, outcomes))
+            settle(connection, fresh, fresh=True)
+            settle(connection, set(asked) - fresh, fresh=False)
             return stored_studies(connection, asked)
 
     def defer(self, study_id: str, error: str, not_before: datetime) -> int:
         """Queue a study for another try; return how many tries have failed."""
         with self._write() as connection:
-            attempts = int(_asked(connection, [study_id])[study_id].attempts) + 1
+            attempts = int(asked_of(connection, [study_id])[study_id].attempts) + 1
             connection.execute(
                 update(studies)
                 .where(studies.c.id == study_id)
@@ -293,15 +256,15 @@ class Store(Results):
                 )
             )
             detail = {"error": error, "attempts": attempts}
-            _log(connection, datetime.now(UTC), "deferred", detail, study_id)
+            log(connection, datetime.now(UTC), "deferred", detail, study_id)
             return attempts
 
     def fail(self, study_id: str, request: int, code: str, reason: str, at: datetime) -> None:
         """Give a study up: all its readings fail, with what they last showed kept."""
         with self._write() as connection:
-            fresh = _asked(connection, [study_id])[study_id].request == request
-            _fail(connection, study_id, code, reason, at)
-            _settle(connection, {study_id}, fresh=fresh)
+            fresh = asked_of(connection, [study_id])[study_id].request == request
+            fail(connection, study_id, code, reason, at)
+            settle(connection, {study_id}, fresh=fresh)
 
     # ---- asked again
 
@@ -315,7 +278,7 @@ class Store(Results):
                 studies.c.id.in_(waiting), studies.c.work == Work.SETTLED
             )
             ids = list(connection.execute(wanted).scalars())
-            _queue(connection, ids, "weights_came", {})
+            queue(connection, ids, "weights_came", {})
             return len(ids)
 
     def rerun(self, which: Rerun, set_area: Area | None = None) -> list[str]:
@@ -343,7 +306,7 @@ class Store(Results):
                 )
             if set_area is not None:
                 _set_area(connection, ids, set_area)
-            _queue(connection, ids, "rerun", {"set_area": set_area} if set_area else {}, rerun=True)
+            queue(connection, ids, "rerun", {"set_area": set_area} if set_area else {}, rerun=True)
             return ids
 
     # ---- people's labels, and the log
@@ -379,293 +342,7 @@ class Store(Results):
             return self._ledger
 
 
-# ---- which study
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    """A claim, and what its study can be known by.
-
-    Attributes:
-        uid: Study Instance UID that groups DICOM claims; a header that fails later changes nothing.
-        folder: what makes two folders one: the masked path in the inbox; outside the site, the
-            whole path. None where the claim is no folder.
-        digest: content digest of its files.
-        whole: what a new study's id begins.
-    """
-
-    claim: ClaimRecord
-    uid: str | None
-    folder: str | None
-    digest: str
-    whole: str
-
-    @classmethod
-    def of(cls, claim: ClaimRecord) -> _Arrival:
-        key = (claim.key or claim.study_uid) if claim.kind == Kind.DICOM else None
-        uid = None if key is None else clean(key)
-        folder = None
-        if claim.kind == Kind.FOLDER:
-            path = os.fspath(Path(claim.root, claim.key)) if claim.root else claim.key
-            folder = masked(path)
-        digest = content_digest(file.sha256 for file in claim.files)
-        name = folder or masked(claim.files[0].name)
-        parts = (claim.kind, uid) if uid is not None else (claim.kind, name, digest)
-        whole = hashlib.sha256("\0".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
-        return cls(claim, uid, folder, digest, whole)
-
-    @property
-    def id(self) -> str:
-        """The id of its study, if it is new and no other study has it."""
-        return self.whole[:_ID_DIGITS]
-
-    @property
-    def traces(self) -> set[str]:
-        """What is stored once the claim is; where none of it is stored, its study is new."""
-        traces = {self.claim.id, self.id, self.digest}
-        return traces | {trace for trace in (self.uid, self.folder) if trace is not None}
-
-
-class _Intake:
-    """Claims on the way to their studies, in one transaction.
-
-    Those of which no trace is stored make new studies, written together; every other one is
-    looked at by itself, after all that came before it.
-    """
-
-    def __init__(
-        self,
-        connection: Connection,
-        ledger: MutableMapping[bytes, Fingerprint],
-        late_hours: float,
-    ) -> None:
-        self._connection = connection
-        self._ledger = ledger
-        self._late = timedelta(hours=late_hours)
-        self._stored: set[str | None] = set()  # traces, in the database or among the new ones
-        self._new: dict[str, _Arrival] = {}  # studies that are not yet written, by id
-
-    def record(self, claims: Iterable[ClaimRecord]) -> list[Recorded]:
-        arrivals = [_Arrival.of(claim) for claim in claims]
-        traces = list(set().union(*(arrival.traces for arrival in arrivals)))
-        self._stored.update(trace for (trace,) in among(self._connection, _TRACES, traces))
-        recorded = [self._record(arrival) for arrival in arrivals]
-        self._write_new()
-        return recorded
-
-    def _record(self, arrival: _Arrival) -> Recorded:
-        claim = arrival.claim
-        left = claim.files if claim.place is Place.INBOX else ()
-        names = {os.fsencode(file.name): _fingerprint(file) for file in left}
-        replaced = [name for name in names if name in self._ledger]
-        if replaced or not self._stored.isdisjoint(arrival.traces):
-            self._write_new()
-            recorded = self._record_alone(arrival, replaced)
-        else:
-            self._new[arrival.id] = arrival
-            recorded = Recorded(arrival.id, "new", 1)
-        self._stored |= arrival.traces
-        self._ledger.update(names)
-        return recorded
-
-    def _record_alone(self, arrival: _Arrival, replaced: list[bytes]) -> Recorded:
-        of_claim = select(studies.c.id, studies.c.request).join(files)
-        replayed = of_claim.where(files.c.claim == arrival.claim.id).limit(1)
-        if (known := self._connection.execute(replayed).first()) is not None:
-            return Recorded(known.id, "replayed", known.request)
-        if replaced:
-            lay = and_(files.c.place == Place.INBOX, files.c.raw_name.in_(replaced))
-            self._connection.execute(update(files).where(lay).values(place=Place.REPLACED))
-        study = self._study_of(arrival)
-        if study is not None:
-            return self._add_to(study, arrival)
-        study = self._free_id(arrival.whole)
-        self._new[study] = arrival
-        return Recorded(study, "new", 1)
-
-    def _study_of(self, arrival: _Arrival) -> str | None:
-        if arrival.uid is not None:
-            same = and_(studies.c.kind == Kind.DICOM, studies.c.study_uid == arrival.uid)
-            return self._connection.execute(select(studies.c.id).where(same)).scalar()
-        twin = select(studies.c.id).where(studies.c.digest == arrival.digest)
-        first = twin.order_by(studies.c.received_at).limit(1)
-        found = self._connection.execute(first).scalar()
-        if found is not None or arrival.folder is None:
-            return found
-        return self._earlier_folder(arrival)
-
-    def _earlier_folder(self, arrival: _Arrival) -> str | None:
-        last = func.max(files.c.received_at)
-        same_path = (
-            select(studies.c.id, last)
-            .select_from(studies.join(files))
-            .where(studies.c.kind == Kind.FOLDER, studies.c.key == arrival.folder)
-            .group_by(studies.c.id)
-            .order_by(last.desc())
-        )
-        contents = {file.sha256 for file in arrival.claim.files}
-        for study, arrived in self._connection.execute(same_path).all():
-            its_files = select(files.c.sha256).where(files.c.study_id == study)
-            if arrived >= arrival.claim.received_at - self._late or not contents.isdisjoint(
-                self._connection.execute(its_files).scalars()
-            ):
-                return str(study)
-        return None
-
-    def _free_id(self, whole: str) -> str:
-        """The 12 digits are longer only where they are another study's."""
-        taken = select(studies.c.id)
-        return next(
-            whole[:length]
-            for length in range(_ID_DIGITS, len(whole) + 1)
-            if self._connection.execute(taken.where(studies.c.id == whole[:length])).first() is None
-        )
-
-    def _add_to(self, study: str, arrival: _Arrival) -> Recorded:
-        """Add a claim to a study; contents that it did not have queue it again."""
-        claim = arrival.claim
-        before = _asked(self._connection, [study])[study]
-        self._connection.execute(_NEW_FILES, _file_rows(study, claim))
-        hashes = select(files.c.sha256)
-        present = hashes.where(files.c.study_id == study, files.c.place != Place.REPLACED)
-        digest = content_digest(self._connection.execute(present).scalars())
-        if digest == before.digest:
-            _log(self._connection, claim.received_at, "duplicate", _about(claim), study)
-            return Recorded(study, "duplicate", before.request)
-        self._stored.add(digest)
-        changed = update(studies).where(studies.c.id == study).values(digest=digest)
-        self._connection.execute(changed)
-        _queue(self._connection, [study], "late", _about(claim))
-        return Recorded(study, "late", before.request + 1)
-
-    def _write_new(self) -> None:
-        if not (new := self._new):
-            return
-        self._new = {}
-        write = self._connection.execute
-        write(_NEW_STUDIES, [_study_row(study, arrival) for study, arrival in new.items()])
-        write(_FIRST_READINGS, [_first_reading(study, a.claim) for study, a in new.items()])
-        write(_NEW_FILES, [row for study, a in new.items() for row in _file_rows(study, a.claim)])
-        _log_all(
-            self._connection,
-            ((a.claim.received_at, "new", _about(a.claim), study) for study, a in new.items()),
-        )
-
-
-def _study_row(study: str, arrival: _Arrival) -> dict[str, Any]:
-    claim = arrival.claim
-    return {
-        "id": study,
-        "kind": claim.kind,
-        "key": arrival.folder or "",
-        "study_uid": arrival.uid or claim.study_uid,
-        "accession": claim.accession,
-        "digest": arrival.digest,
-        "source": _shown_source(claim),
-        "received_at": claim.received_at,
-        "work": Work.QUEUED if claim.queue else Work.RUNNING,
-        "request": 1,
-        "attempts": 0,
-        "rerun": False,
-        "set_all": False,
-    }
-
-
-def _first_reading(study: str, claim: ClaimRecord) -> dict[str, Any]:
-    return {
-        "study_id": study,
-        "area": "",
-        "received_at": claim.received_at,
-        "state": State.QUEUED,
-        "reason_code": "",
-        "reason": "",
-        "evidence": [],
-        "updated_at": claim.received_at,
-    }
-
-
-def _file_rows(study: str, claim: ClaimRecord) -> list[dict[str, Any]]:
-    return [
-        {
-            "study_id": study,
-            "claim": claim.id,
-            "raw_name": os.fsencode(Path(claim.root, file.name) if claim.root else file.name),
-            "source": masked(file.name),
-            "sha256": file.sha256,
-            "size": file.size,
-            "mtime_ns": str(file.mtime_ns),
-            "inode": str(file.inode),
-            "place": claim.place,
-            "problem": file.problem,
-            "received_at": claim.received_at,
-        }
-        for file in claim.files
-    ]
-
-
-def _shown_source(claim: ClaimRecord) -> str:
-    """The folder that all files share, else the first file; labels masked."""
-    if claim.kind == Kind.FOLDER and claim.key:
-        return masked(claim.key)
-    names = [file.name for file in claim.files]
-    shared = posixpath.commonpath(names) if len(names) > 1 else names[0]
-    return masked(shared or names[0])
-
-
-def _about(claim: ClaimRecord) -> Json:
-    return {"claim": claim.id, "files": len(claim.files), "settled_by": claim.settled_by}
-
-
-def _fingerprint(file: ClaimedFile) -> Fingerprint:
-    return file.size, str(file.mtime_ns), str(file.inode)
-
-
 # ---- rows of one study
-
-
-def _asked(connection: Connection, ids: Sequence[str]) -> dict[str, Row[*tuple[Any, ...]]]:
-    """Return what is asked of each study, in the order of ``ids``.
-
-    Raises:
-        Misconfigured: a study is not stored.
-    """
-    rows = {row.id: row for row in among(connection, _ASKED, ids)}
-    if missing := [study for study in ids if study not in rows]:
-        raise Misconfigured(f"No study {missing[0]!r}: see `mura-batch query`.")
-    return {study: rows[study] for study in ids}
-
-
-def _queue(
-    connection: Connection,
-    ids: Sequence[str],
-    what: str,
-    detail: Json,
-    *,
-    rerun: bool = False,
-) -> None:
-    """Ask for another pass; a study that is running goes on and is queued at its end."""
-    values: dict[str, Any] = {"request": studies.c.request + 1, "attempts": 0}
-    values |= {"not_before": None, "last_error": None}
-    if rerun:
-        values["rerun"] = True
-    for some in chunks(ids):
-        wanted = studies.c.id.in_(some)
-        connection.execute(update(studies).where(wanted).values(**values))
-        idle = and_(wanted, studies.c.work == Work.SETTLED)
-        connection.execute(update(studies).where(idle).values(work=Work.QUEUED))
-        now = datetime.now(UTC)
-        _log_all(connection, ((now, what, detail, study) for study in some))
-
-
-def _fail(connection: Connection, study: str, code: str, reason: str, at: datetime) -> None:
-    failed = {"state": State.FAILED, "reason_code": code, "reason": reason, "updated_at": at}
-    connection.execute(update(readings).where(readings.c.study_id == study).values(**failed))
-    _log(connection, at, State.FAILED, {"code": code, "reason": reason}, study)
-
-
-def _settle(connection: Connection, ids: Collection[str], *, fresh: bool) -> None:
-    for some in chunks(sorted(ids)):
-        connection.execute(_SETTLED if fresh else _ONCE_MORE, {AMONG.key: some})
 
 
 def _happened(
@@ -746,17 +423,4 @@ def _label(connection: Connection, row: LabelRow, study: str) -> None:
     same = and_(labels.c.study_id == study, labels.c.area == area)
     if not connection.execute(update(labels).where(same).values(**values)).rowcount:
         connection.execute(insert(labels).values(study_id=study, area=area, **values))
-    _log(connection, at, "label", {"area": area, "label": row.label, "by": row.by}, study)
-
-
-def _log(connection: Connection, at: datetime, what: str, detail: Json, study: str | None) -> None:
-    _log_all(connection, [(at, what, detail, study)])
-
-
-def _log_all(
-    connection: Connection, happened: Iterable[tuple[datetime, str, Json, str | None]]
-) -> None:
-    """Append to the log: when, what, its detail, and to which study."""
-    names = ("at", "what", "detail", "study_id")
-    if rows := [dict(zip(names, entry, strict=True)) for entry in happened]:
-        connection.execute(_EVENTS, rows)
+    log(connection, at, "label", {"area": area, "label": row.label, "by": row.by}, study)

@@ -245,7 +245,7 @@ def test_claims_recorded_together_become_what_they_become_one_by_one(new_url):
 
 
 def test_an_id_is_longer_only_where_its_beginning_is_another_studys(store, monkeypatch):
-    monkeypatch.setattr("mura_batch.store._ID_DIGITS", 1)
+    monkeypatch.setattr("mura_batch.intake._ID_DIGITS", 1)
     made = [loose(f"{number}.png", str(number)) for number in range(20)]
     ids = [one.study_id for one in store.record(made, late_hours=24)]
     assert len(set(ids)) == 20
