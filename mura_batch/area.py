@@ -448,16 +448,17 @@ class _Lexicon:
         """Split RHAND, HANDPA or HANDWRIST where the whole of it can be explained."""
         if token in self.single:
             return (token,)
-        for before in self.before:
-            for after in self.after:
-                middle = token.removeprefix(before).removesuffix(after)
-                if before + middle + after != token:
-                    continue
-                if middle in self.single:
-                    return (middle,)
-                for cut in range(_SHORTEST_GLUED, len(middle) - _SHORTEST_GLUED + 1):
-                    if middle[:cut] in self.single and middle[cut:] in self.single:
-                        return middle[:cut], middle[cut:]
+        befores = [before for before in self.before if token.startswith(before)]
+        afters = [after for after in self.after if token.endswith(after)]
+        for before, after in itertools.product(befores, afters):
+            middle = token[len(before) : len(token) - len(after)]
+            if len(before) + len(middle) + len(after) != len(token):
+                continue
+            if middle in self.single:
+                return (middle,)
+            for cut in range(_SHORTEST_GLUED, len(middle) - _SHORTEST_GLUED + 1):
+                if middle[:cut] in self.single and middle[cut:] in self.single:
+                    return middle[:cut], middle[cut:]
         return (token,)
 
 

@@ -43,7 +43,7 @@ from mura_batch.errors import Misconfigured, MuraError
 from mura_batch.network import EvidenceNet, normalise
 from mura_batch.preprocessing import Luminance, Preprocessing, prepare
 from mura_batch.radiograph import read_luminance
-from mura_batch.runtime import Inference, load
+from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
 from mura_batch.weights import WeightsStore, load_bundled
 
@@ -257,7 +257,7 @@ def _contenders(say: Say) -> list[_Contender]:
         found.append(_Contender("torch", "eager", device, eager.infer))
         network, card = load_bundled(_WEIGHTS_OF)
         runtime = TorchRuntime(network, card.preprocessing, device)
-        found.append(_Contender("torch", _SCORING_MODE["torch"], device, runtime.infer))
+        found.append(_Contender("torch", _SCORING_MODE["torch"], device, _whole(runtime)))
     network, card = load_bundled(_WEIGHTS_OF)
     try:
         openvino = load(network, card.preprocessing, runtime="openvino")
@@ -265,7 +265,11 @@ def _contenders(say: Say) -> list[_Contender]:
         say(str(exc))
         return found
     mode = _SCORING_MODE["openvino"]
-    return [*found, _Contender("openvino", mode, openvino.device, openvino.infer)]
+    return [*found, _Contender("openvino", mode, openvino.device, _whole(openvino))]
+
+
+def _whole(runtime: Runtime) -> Callable[[NDArray[np.uint8]], Inference]:
+    return lambda pixels: Inference.joined(runtime.infer(pixels))
 
 
 def _sample_pixels() -> NDArray[np.uint8]:

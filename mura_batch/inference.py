@@ -14,7 +14,7 @@ from mura_batch.area import Area
 from mura_batch.overlay import Caption, render, thumbnail
 from mura_batch.preprocessing import Box, Luminance, NetworkInput, prepare
 from mura_batch.radiograph import read_luminance
-from mura_batch.runtime import Runtime, load
+from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.scoring import sigmoid
 from mura_batch.weights import WeightsStore, load_bundled
 from mura_batch.weights_card import Card
@@ -61,7 +61,8 @@ class Model:
         scores = []
         for start in range(0, len(images), batch):
             inputs = [self._input(image) for image in images[start : start + batch]]
-            result = self._runtime.infer(np.stack([each.pixels for each in inputs]))
+            pixels = np.stack([each.pixels for each in inputs])
+            result = Inference.joined(self._runtime.infer(pixels))
             scores += [
                 ImageScore(float(logit), sigmoid(float(logit)), evidence, each.box)
                 for logit, evidence, each in zip(result.logits, result.maps, inputs, strict=True)

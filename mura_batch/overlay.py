@@ -157,7 +157,7 @@ def _png(image: Image.Image) -> bytes:
 # --- the map over the film -------------------------------------------------------------------
 
 _SMALLEST_BOUND = 1e-6  # logit units: an image without positive evidence has a scale too
-_STRIP = 32  # rows: a strip stays in the cache; larger products wake BLAS's threads, which spin
+_STRIP = 64  # rows: a strip stays in the cache; larger products wake BLAS's threads, which spin
 
 
 def _coloured(picture: Thumbnail, share: NDArray[np.float32]) -> _Indices:

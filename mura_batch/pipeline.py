@@ -60,6 +60,7 @@ _WAITING = {State.QUEUED, State.RUNNING, State.NEEDS_AREA, State.NO_WEIGHTS, Sta
 _NEVER_OPENED = {"symbolic_link", "not_a_file"}  # what a claim found; other files are read again
 _LEFT = {Place.INBOX, Place.OUTSIDE}
 _GROUP = 32  # studies that are committed together at most
+_GATHER_SECONDS = 0.5  # how long an ended study waits for others that are under way
 _VIEWS_IN_FLIGHT = 4  # batches' worth of views between decode and overlay
 
 
@@ -338,22 +339,28 @@ class Pipeline:
             job.open_views -= 1
             last = job.open_views == 0
         if last:
-            self._ended.append(job)
+            with self._idle:
+                self._ended.append(job)
+                self._idle.notify_all()
             self._closer.submit(self._close)
 
     # ---- outcome
 
     def _close(self) -> None:
         """Finish the studies that have ended since, together where that works (the closer)."""
-        jobs: list[_Job] = []
-        while self._ended and len(jobs) < _GROUP:
-            jobs.append(self._ended.popleft())
+        with self._idle:
+            if self._ended:
+                self._idle.wait_for(self._gathered, _GATHER_SECONDS)
+            jobs = [self._ended.popleft() for _ in range(min(_GROUP, len(self._ended)))]
         sound = [job for job in jobs if _lasting(job.passing) is None]
         alone = [job for job in jobs if _lasting(job.passing) is not None]
         if len(sound) == 1 or _attempt("several", partial(self._finish, sound)) is not None:
             alone = jobs
         for job in alone:
             self._bounded(job.stored, partial(self._finish, [job]))
+
+    def _gathered(self) -> bool:
+        return len(self._ended) >= min(_GROUP, self._in_flight)
 
     def _finish(self, jobs: Sequence[_Job]) -> None:
         """Commit what was found out, then move the files; every view has its score or error."""

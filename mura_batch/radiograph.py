@@ -105,7 +105,7 @@ def _grey(film: ImageFile.ImageFile, content: bytes) -> Luminance:
     if film.has_transparency_data:
         return grey_of_colour(_on_black(film.convert("RGBA")))
     if film.mode in {"L", "1"}:
-        return np.asarray(film.convert("L"))
+        return np.asarray(film if film.mode == "L" else film.convert("L"))
     return grey_of_colour(film.convert("RGB"))
 
 

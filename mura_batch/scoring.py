@@ -29,12 +29,10 @@ from mura_batch.errors import Misconfigured, MuraError, Rejected, Transient
 from mura_batch.preprocessing import Luminance
 
 if TYPE_CHECKING:
-    from mura_batch.runtime import Inference, Runtime
+    from mura_batch.runtime import Runtime
     from mura_batch.weights import Card, WeightsStore
 
 log = logging.getLogger(__name__)
-
-_BREAKDOWNS = (RuntimeError, MemoryError, ValueError, OSError)  # what runtimes raise of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +250,7 @@ class Scorer:
     def _score(self, card: Card, views: list[_Waiting]) -> None:
         try:
             runtime = self._runtime(card)
-        except (MuraError, *_BREAKDOWNS) as exc:
+        except Exception as exc:  # noqa: BLE001 - runtimes raise of all kinds, and this thread lives
             lost = exc if isinstance(exc, MuraError) else Transient(f"loading the network: {exc}")
             for view in views:
                 view.score.set_exception(lost)
@@ -262,28 +260,23 @@ class Scorer:
     def _forward(self, runtime: Runtime, views: list[_Waiting]) -> None:
         """Score ``views``; where that fails, each half alone, so that one bad view fails alone."""
         self.forward_calls += 1
+        name = f"{runtime.name} {runtime.device}"
+        scored = 0
         try:
-            result = runtime.infer(np.stack([view.pixels for view in views]))
-        except (Transient, *_BREAKDOWNS) as exc:
+            for part in runtime.infer(np.stack([view.pixels for view in views])):
+                for logit, evidence in zip(part.logits, part.maps, strict=True):
+                    _deliver(views[scored], float(logit), evidence, name)
+                    scored += 1
+        except Exception as exc:  # noqa: BLE001 - likewise
             if len(views) == 1:
                 error = exc if isinstance(exc, Transient) else Transient(f"forward pass: {exc}")
                 views[0].score.set_exception(error)
                 return
             log.warning("forward pass failed, batch is split", extra={"views": len(views)})
-            middle = len(views) // 2
-            self._forward(runtime, views[:middle])
-            self._forward(runtime, views[middle:])
-            return
-        self._deliver(runtime, views, result)
-
-    @staticmethod
-    def _deliver(runtime: Runtime, views: list[_Waiting], result: Inference) -> None:
-        name = f"{runtime.name} {runtime.device}"
-        for view, logit, evidence in zip(views, result.logits, result.maps, strict=True):
-            if np.isfinite(logit):
-                view.score.set_result(ViewScore(float(logit), evidence, name))
-            else:
-                view.score.set_exception(Rejected("not_finite", "the network gave no number"))
+            middle = max(scored + 1, (scored + len(views)) // 2)
+            for half in (views[scored:middle], views[middle:]):
+                if half:
+                    self._forward(runtime, half)
 
     def _runtime(self, card: Card) -> Runtime:
         if card.sha256 in self._warm:
@@ -297,3 +290,10 @@ class Scorer:
             gone, _ = self._warm.popitem(last=False)
             log.info("network released", extra={"weights": gone[:12]})
         return runtime
+
+
+def _deliver(view: _Waiting, logit: float, evidence: NDArray[np.float32], runtime: str) -> None:
+    if math.isfinite(logit):
+        view.score.set_result(ViewScore(logit, evidence, runtime))
+    else:
+        view.score.set_exception(Rejected("not_finite", "the network gave no number"))

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,9 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+_card = lru_cache(maxsize=64)(Card.from_json)  # the daemon asks for every few studies
+
+
 def read_card(file: Path) -> Card:
     """Read a card.
 
@@ -80,7 +83,7 @@ def read_card(file: Path) -> Card:
         WeightsRefused: it is missing, cannot be read, or is not a card.
     """
     try:
-        return Card.from_json(file.read_text(encoding="utf-8"))
+        return _card(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as exc:
         raise WeightsRefused(f"{file}: the card cannot be read: {exc}") from exc
     except WeightsRefused as exc:

@@ -59,6 +59,10 @@ def films(count: int, size: int) -> np.ndarray:
     return np.clip(np.array(blobs) + noise, 0, 255).astype(np.uint8)
 
 
+def score(runtime: Runtime, pixels: np.ndarray) -> Inference:
+    return Inference.joined(runtime.infer(pixels))
+
+
 def plain(pixels: np.ndarray, spec: Preprocessing) -> Inference:
     """What the network says when torch is used as in its manual."""
     with torch.no_grad():
@@ -71,7 +75,7 @@ def plain(pixels: np.ndarray, spec: Preprocessing) -> Inference:
 @pytest.mark.parametrize(("size", "count"), [(160, 3), (224, 1)])
 def test_logits_and_maps_are_those_of_the_plain_network(name: str, size: int, count: int) -> None:
     spec, pixels = Preprocessing(size=size), films(count, size)
-    found = load(network(), spec, runtime=name, device="cpu").infer(pixels)
+    found = score(load(network(), spec, runtime=name, device="cpu"), pixels)
     expected = plain(pixels, spec)
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4, rtol=0)
     np.testing.assert_allclose(found.maps, expected.maps, atol=1e-4, rtol=0)
@@ -83,7 +87,7 @@ def test_logits_and_maps_are_those_of_the_plain_network(name: str, size: int, co
 @pytest.mark.parametrize("name", NAMES)
 def test_mean_and_deviation_come_from_the_card(name: str, runtimes: dict[str, Runtime]) -> None:
     pixels = films(2, SPEC.size)
-    found = runtimes[name].infer(pixels)
+    found = score(runtimes[name], pixels)
     np.testing.assert_allclose(found.logits, plain(pixels, SPEC).logits, atol=1e-4, rtol=0)
     others = plain(pixels, Preprocessing(size=SPEC.size)).logits
     assert np.abs(found.logits - others).max() > 1e-3, "the films do not tell the two apart"
@@ -95,7 +99,7 @@ def test_a_view_scores_the_same_in_any_company(
     order: list[int], name: str, runtimes: dict[str, Runtime]
 ) -> None:
     pixels = films(6, SPEC.size)
-    alone, together = runtimes[name].infer(pixels), runtimes[name].infer(pixels[order])
+    alone, together = score(runtimes[name], pixels), score(runtimes[name], pixels[order])
     np.testing.assert_allclose(together.logits, alone.logits[order], atol=1e-5, rtol=0)
     np.testing.assert_allclose(together.maps, alone.maps[order], atol=1e-5, rtol=0)
 
@@ -103,20 +107,20 @@ def test_a_view_scores_the_same_in_any_company(
 def test_views_keep_their_places_over_several_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = films(11, SPEC.size)
     runtime = load(network(), SPEC, runtime="torch", device="cpu")
-    one_stream = runtime.infer(pixels)
+    one_stream = score(runtime, pixels)
     with ThreadPoolExecutor(3) as streams:
         monkeypatch.setattr(torch_runtime, "_stream_count", lambda: 3)
         monkeypatch.setattr(torch_runtime, "_streams", lambda: streams)
-        found = runtime.infer(pixels)
+        found = score(runtime, pixels)
     np.testing.assert_allclose(found.logits, one_stream.logits, atol=1e-5, rtol=0)
     np.testing.assert_allclose(found.maps, one_stream.maps, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_results_outlive_the_next_batch(name: str, runtimes: dict[str, Runtime]) -> None:
-    first = runtimes[name].infer(films(2, SPEC.size))
+    first = score(runtimes[name], films(2, SPEC.size))
     before = first.maps.copy()
-    runtimes[name].infer(films(3, SPEC.size))
+    score(runtimes[name], films(3, SPEC.size))
     np.testing.assert_array_equal(first.maps, before)
 
 
@@ -124,7 +128,7 @@ def test_results_outlive_the_next_batch(name: str, runtimes: dict[str, Runtime])
 def test_read_only_pixels_are_scored(name: str, runtimes: dict[str, Runtime]) -> None:
     pixels = films(1, SPEC.size)
     pixels.setflags(write=False)
-    assert np.isfinite(runtimes[name].infer(pixels).logits).all()
+    assert np.isfinite(score(runtimes[name], pixels).logits).all()
 
 
 def test_a_warm_network_says_what_it_is(runtimes: dict[str, Runtime]) -> None:
@@ -173,7 +177,7 @@ def test_cuda_scores_like_the_cpu_and_openvino_refuses_it() -> None:
     runtime = load(network(), spec)
     assert (runtime.name, runtime.device) == ("torch", "cuda:0")
     np.testing.assert_allclose(
-        runtime.infer(pixels).logits, plain(pixels, spec).logits, atol=1e-2, rtol=0
+        score(runtime, pixels).logits, plain(pixels, spec).logits, atol=1e-2, rtol=0
     )
     with pytest.raises(Misconfigured, match="CPU only"):
         load(network(), spec, runtime="openvino", device="cuda")
@@ -185,9 +189,9 @@ def test_a_batch_beyond_all_memory_is_out_of_memory_and_may_be_tried_smaller(
     film = films(1, SPEC.size)
     endless = np.lib.stride_tricks.as_strided(film, (1, 1 << 21, 1 << 21), (0, 0, 0))
     with pytest.raises(OutOfMemory, match="batch") as caught:
-        runtimes["torch"].infer(endless)
+        score(runtimes["torch"], endless)
     assert isinstance(caught.value, Transient)
-    assert runtimes["torch"].infer(film).logits.shape == (1,)
+    assert score(runtimes["torch"], film).logits.shape == (1,)
 
 
 def raise_(error: Exception) -> Callable[[], None]:

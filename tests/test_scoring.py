@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,19 @@ class Watched:
         self.batches: list[int] = []
         self.poison = -1
         self.most = 1000
+        self.breaks_after = -1  # views, once
 
-    def infer(self, pixels: np.ndarray) -> Inference:
+    def infer(self, pixels: np.ndarray) -> Iterator[Inference]:
         self.batches.append(len(pixels))
         if len(pixels) > self.most:
             raise MemoryError
         if (pixels[:, 0, 0] == self.poison).any():
             raise RuntimeError("bad batch")
-        return self.runtime.infer(pixels)
+        for number, view in enumerate(pixels):
+            if number == self.breaks_after:
+                self.breaks_after = -1
+                raise MemoryError
+            yield from self.runtime.infer(view[np.newaxis])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def test_forty_waiting_views_share_their_forward_passes(watched: Watched, card: 
                 scores.append(scorer.submit(card, view))
         results = [score.result(60) for score in scores]
     assert scorer.forward_calls <= 4
-    alone = watched.runtime.infer(pixels[7:8])
+    (alone,) = watched.runtime.infer(pixels[7:8])
     assert results[7].logit == pytest.approx(float(alone.logits[0]), abs=1e-4)
     assert len({round(result.logit, 6) for result in results}) > 1
 
@@ -123,6 +129,22 @@ def test_a_batch_that_does_not_fit_into_memory_is_split(watched: Watched, card: 
         scores = [scorer.submit(card, view) for view in views(card, 8)]
         assert all(np.isfinite(score.result(60).logit) for score in scores)
     assert max(size for size in watched.batches if size <= 2) == 2
+
+
+@pytest.mark.parametrize(("done", "again"), [(0, [4, 4]), (3, [2, 3]), (6, [1, 1]), (7, [1])])
+def test_what_a_pass_scored_before_it_failed_is_kept(
+    watched: Watched, card: Card, done: int, again: list[int]
+) -> None:
+    pixels = views(card, 8)
+    expected = Inference.joined(watched.runtime.infer(pixels)).logits
+    watched.breaks_after = done
+    with Scorer(lambda _: watched, batch=8, batch_seconds=3600) as scorer:
+        for _ in pixels:
+            scorer.announce(card)
+        scores = [scorer.submit(card, view) for view in pixels]
+        found = [score.result(60).logit for score in scores]
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert watched.batches == [8, *again]
 
 
 def test_refused_weights_reach_every_view(card: Card) -> None:

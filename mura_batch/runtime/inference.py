@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,15 @@ class Inference:
     logits: NDArray[np.float32]
     maps: NDArray[np.float32]
 
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """Return all that :meth:`Runtime.infer` yields as one; at least one part."""
+        found = list(parts)
+        return cls(
+            np.concatenate([part.logits for part in found]),
+            np.concatenate([part.maps for part in found]),
+        )
+
 
 class Runtime(Protocol):
     """A network ready to score; for one thread at a time.
@@ -49,8 +58,11 @@ class Runtime(Protocol):
     @property
     def nbytes(self) -> int: ...  # noqa: D102
 
-    def infer(self, pixels: NDArray[np.uint8]) -> Inference:
+    def infer(self, pixels: NDArray[np.uint8]) -> Iterator[Inference]:
         """Score luminance of shape (N, S, S), N at least 1, S the side the weights want.
+
+        Yields:
+            The views in their order, some at a time, as soon as they are done.
 
         Raises:
             OutOfMemory: the batch is too large for the device.

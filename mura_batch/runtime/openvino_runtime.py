@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -53,26 +53,24 @@ class OpenVinoRuntime:
         self._requests: list[Any] = []
         self.nbytes: Final = _KEPT * sum(t.nbytes for t in network.state_dict().values())
 
-    def infer(self, pixels: NDArray[np.uint8]) -> Inference:
+    def infer(self, pixels: NDArray[np.uint8]) -> Iterator[Inference]:
         """Score luminance of shape (N, S, S); see :class:`mura_batch.runtime.Runtime`.
 
         Every view has a request of its own, all are queued at once, and none calls back into
         Python, so that no stream ever waits for the interpreter.
         """
+        requests, self._requests = self._requests, []  # what fails leaves none that is under way
         with memory_watched(len(pixels), self.device):
-            while len(self._requests) < len(pixels):
-                self._requests.append(self._compiled.create_infer_request())
-            requests = self._requests[: len(pixels)]
-            for number, request in enumerate(requests):
+            while len(requests) < len(pixels):
+                requests.append(self._compiled.create_infer_request())
+            for number, request in enumerate(requests[: len(pixels)]):
                 request.set_input_tensor(openvino.Tensor(pixels[number : number + 1]))
                 request.start_async()
-            for request in requests:
+            for request in requests[: len(pixels)]:
                 request.wait()
-        logits, maps = (
-            np.concatenate([request.get_output_tensor(n).data for request in requests])
-            for n in range(2)
-        )
-        return Inference(logits, maps)
+                logits, maps = (request.get_output_tensor(n).data.copy() for n in range(2))
+                yield Inference(logits, maps)
+        self._requests = requests
 
 
 def openvino_model(network: EvidenceNet, spec: Preprocessing) -> openvino.Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Final
@@ -36,18 +37,15 @@ class TorchRuntime:
             self._network.to(torch.device(device)).to(memory_format=torch.channels_last)
         self.nbytes: Final = sum(t.nbytes for t in self._network.state_dict().values())
 
-    def infer(self, pixels: NDArray[np.uint8]) -> Inference:
+    def infer(self, pixels: NDArray[np.uint8]) -> Iterator[Inference]:
         """Score luminance of shape (N, S, S); see :class:`mura_batch.runtime.Runtime`."""
         with memory_watched(len(pixels), self.device):
             if self.device != "cpu":
-                return self._forward(pixels)
+                yield self._forward(pixels)
+                return
             size = min(_PORTION, math.ceil(len(pixels) / _stream_count()))
             portions = [pixels[at : at + size] for at in range(0, len(pixels), size)]
-            done = list(_streams().map(self._forward, portions))
-            return Inference(
-                np.concatenate([part.logits for part in done]),
-                np.concatenate([part.maps for part in done]),
-            )
+            yield from _streams().map(self._forward, portions)
 
     def _forward(self, pixels: NDArray[np.uint8]) -> Inference:
         with torch.inference_mode():
