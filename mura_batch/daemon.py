@@ -81,6 +81,7 @@ class Daemon:
         self._settings = settings
         self._notify = notify
         self._stopping = threading.Event()
+        self._recorded = threading.Event()  # news for the feeder
         self._wakeup: Wakeup | None = None
         self._next_word = 0.0
         self._unrecorded: list[Claim] = []
@@ -89,6 +90,7 @@ class Daemon:
     def stop(self) -> None:
         """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
         self._stopping.set()
+        self._recorded.set()
         if self._wakeup is not None:
             self._wakeup.wake()
 
@@ -120,7 +122,7 @@ class Daemon:
             try:
                 self._watch(inbox, store, custody, pipeline, once=once)
             finally:
-                self._stopping.set()
+                self.stop()
                 self._notify(STOPPING)
                 wait([feeding])
                 pipeline.drain()
@@ -206,6 +208,7 @@ class Daemon:
                 log.warning("the ledger could not be written", extra={"why": str(exc)})
                 break
             del self._unrecorded[:_RECORD]
+            self._recorded.set()
             recorded += len(claims)
         return recorded
 
@@ -225,8 +228,11 @@ class Daemon:
             except Transient as exc:
                 log.warning("the ledger could not be asked", extra={"why": str(exc)})
                 taken = []
-            if len(taken) < _TAKE:
-                self._stopping.wait(_GATHER_SECONDS if taken else _LEDGER_SECONDS)
+            if not taken:
+                self._recorded.wait(_LEDGER_SECONDS)
+                self._recorded.clear()
+            elif len(taken) < _TAKE:
+                self._stopping.wait(_GATHER_SECONDS)
 
 
 _ENDED = (State.DONE, State.QUARANTINED)

@@ -157,7 +157,7 @@ def _png(image: Image.Image) -> bytes:
 # --- the map over the film -------------------------------------------------------------------
 
 _SMALLEST_BOUND = 1e-6  # logit units: an image without positive evidence has a scale too
-_STRIP = 64  # rows: a strip stays in the cache; larger products wake BLAS's threads, which spin
+_STRIP = 256  # rows: a strip stays in the cache
 
 
 def _coloured(picture: Thumbnail, share: NDArray[np.float32]) -> _Indices:
@@ -326,8 +326,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
+@lru_cache(maxsize=64)
 def _line(text: str, size: int = 14) -> _Indices:
-    """Return a line of text in palette greys, ``_LINE`` high and ``_CANVAS`` wide.
+    """Return a line of text in palette greys, ``_LINE`` high and ``_CANVAS`` wide; not to write on.
 
     Digits stand alone, so that a new number costs no new drawing.
     """

@@ -14,10 +14,10 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self
 
@@ -29,7 +29,7 @@ from mura_batch.errors import Misconfigured, MuraError, Rejected, Transient
 from mura_batch.preprocessing import Luminance
 
 if TYPE_CHECKING:
-    from mura_batch.runtime import Runtime
+    from mura_batch.runtime import Inference, Runtime
     from mura_batch.weights import Card, WeightsStore
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,23 @@ class _Waiting:
     pixels: Luminance
     since: float
     score: Future[ViewScore]
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A forward pass that was started.
+
+    Attributes:
+        runtime: what computes it, such as ``torch cpu``.
+        parts: what it gives, in the order of ``views``.
+        scored: how many views have their score.
+    """
+
+    card: Card
+    runtime: str
+    views: list[_Waiting]
+    parts: Iterator[Inference] = field(default_factory=lambda: iter(()))
+    scored: int = 0
 
 
 class _Lane:
@@ -217,15 +234,28 @@ class Scorer:
         return self._lanes.setdefault(card.sha256, _Lane(card))
 
     def _work(self) -> None:
+        under_way: deque[_Pass] = deque()
         while True:
             with self._changed:
-                while (lane := self._ready()) is None:
+                while (lane := self._next(under_way)) is None and not under_way:
                     if self._closing and not any(x.waiting for x in self._lanes.values()):
                         return
                     self._changed.wait(self._until_due())
-                size = min(self._batch, len(lane.waiting))
-                views = [lane.waiting.popleft() for _ in range(size)]
-            self._score(lane.card, views)
+                size = min(self._batch, len(lane.waiting)) if lane else 0
+                views = [lane.waiting.popleft() for _ in range(size)] if lane else []
+            if lane and (started := self._started(lane.card, views)):
+                under_way.append(started)
+            if under_way and not self._take(under_way[0]):
+                under_way.popleft()
+
+    def _next(self, under_way: Sequence[_Pass]) -> _Lane | None:
+        """Return the lane that a pass should start for now; a second one only for the same
+        network, or two would have more streams than there are processors.
+        """
+        lane = self._ready()
+        if lane and under_way and (len(under_way) > 1 or under_way[0].card != lane.card):
+            return None
+        return lane
 
     def _ready(self) -> _Lane | None:
         """Return the lane whose batch should go now: full ones first, then the oldest."""
@@ -247,36 +277,51 @@ class Scorer:
             return None
         return max(0.0, min(oldest) + self._batch_seconds - time.monotonic())
 
-    def _score(self, card: Card, views: list[_Waiting]) -> None:
+    def _started(self, card: Card, views: list[_Waiting]) -> _Pass | None:
+        """Start a pass over ``views``; None where it failed and every view knows it."""
         try:
             runtime = self._runtime(card)
         except Exception as exc:  # noqa: BLE001 - runtimes raise of all kinds, and this thread lives
             lost = exc if isinstance(exc, MuraError) else Transient(f"loading the network: {exc}")
             for view in views:
                 view.score.set_exception(lost)
-            return
-        self._forward(runtime, views)
-
-    def _forward(self, runtime: Runtime, views: list[_Waiting]) -> None:
-        """Score ``views``; where that fails, each half alone, so that one bad view fails alone."""
+            return None
         self.forward_calls += 1
-        name = f"{runtime.name} {runtime.device}"
-        scored = 0
+        started = _Pass(card, f"{runtime.name} {runtime.device}", views)
         try:
-            for part in runtime.infer(np.stack([view.pixels for view in views])):
-                for logit, evidence in zip(part.logits, part.maps, strict=True):
-                    _deliver(views[scored], float(logit), evidence, name)
-                    scored += 1
+            started.parts = runtime.infer(np.stack([view.pixels for view in views]))
         except Exception as exc:  # noqa: BLE001 - likewise
-            if len(views) == 1:
-                error = exc if isinstance(exc, Transient) else Transient(f"forward pass: {exc}")
-                views[0].score.set_exception(error)
-                return
-            log.warning("forward pass failed, batch is split", extra={"views": len(views)})
-            middle = max(scored + 1, (scored + len(views)) // 2)
-            for half in (views[scored:middle], views[middle:]):
-                if half:
-                    self._forward(runtime, half)
+            self._split(started, exc)
+            return None
+        return started
+
+    def _take(self, under_way: _Pass) -> bool:
+        """Wait for the next part of a pass and deliver it; False where that was all."""
+        try:
+            if (part := next(under_way.parts, None)) is None:
+                return False
+            for logit, evidence in zip(part.logits, part.maps, strict=True):
+                view = under_way.views[under_way.scored]
+                under_way.scored += 1
+                _deliver(view, float(logit), evidence, under_way.runtime)
+        except Exception as exc:  # noqa: BLE001 - likewise
+            self._split(under_way, exc)
+            return False
+        return True
+
+    def _split(self, failed: _Pass, error: Exception) -> None:
+        """Score what a failed pass left, each half alone, so that one bad view fails alone."""
+        left = failed.views[failed.scored :]
+        if left and len(failed.views) == 1:
+            lost = error if isinstance(error, Transient) else Transient(f"forward pass: {error}")
+            left[0].score.set_exception(lost)
+            return
+        log.warning("forward pass failed, batch is split", extra={"views": len(failed.views)})
+        middle = max(1, len(left) // 2)
+        for half in (left[:middle], left[middle:]):
+            again = self._started(failed.card, half) if half else None
+            while again and self._take(again):
+                pass
 
     def _runtime(self, card: Card) -> Runtime:
         if card.sha256 in self._warm:

@@ -140,7 +140,9 @@ def _log_to_stderr(level: int) -> None:
 
 def main() -> None:
     """Run the program (the ``mura-batch`` command)."""
-    # Torch's threads spin while they wait for each other; beside decoders, and on a machine with
-    # other work, they would take the time of the thread that they wait for.
+    # Torch's threads and numpy's spin while they wait for each other; beside decoders, and on a
+    # machine with other work, they would take the time of the thread that they wait for. Numpy's
+    # products here are small: they gain nothing from several threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     program(prog_name="mura-batch")

@@ -41,7 +41,7 @@ class Inference:
 
 
 class Runtime(Protocol):
-    """A network ready to score; for one thread at a time.
+    """A network ready to score; for one thread at a time, which may start several passes.
 
     Attributes:
         name: ``torch`` or ``openvino``.
@@ -59,15 +59,22 @@ class Runtime(Protocol):
     def nbytes(self) -> int: ...  # noqa: D102
 
     def infer(self, pixels: NDArray[np.uint8]) -> Iterator[Inference]:
-        """Score luminance of shape (N, S, S), N at least 1, S the side the weights want.
+        """Start to score luminance of shape (N, S, S), N at least 1, S the side the weights want.
 
-        Yields:
-            The views in their order, some at a time, as soon as they are done.
+        Returns:
+            The views in their order, some at a time; to take the next ones waits for them. A pass
+            that is started while another is under way keeps the device at work between them.
 
         Raises:
-            OutOfMemory: the batch is too large for the device.
+            OutOfMemory: the batch is too large for the device; also while parts are taken.
         """
         ...
+
+
+def watched(parts: Iterable[Inference], views: int, device: str) -> Iterator[Inference]:
+    """Yield the parts of a pass that was started, with :func:`memory_watched` over them."""
+    with memory_watched(views, device):
+        yield from parts
 
 
 _MARKS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad alloc")

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
-from mura_batch.runtime.inference import Inference, memory_watched
+from mura_batch.runtime.inference import Inference, memory_watched, watched
 
 # `import openvino` would fork this process to tell a vendor's server of the import; without
 # this package it goes on in silence.
@@ -50,7 +50,7 @@ class OpenVinoRuntime:
         with memory_watched(0, self.device):
             model = openvino_model(network, spec)
             self._compiled = openvino.Core().compile_model(model, "CPU", SETTINGS)
-        self._requests: list[Any] = []
+        self._spare: list[Any] = []  # requests that are not under way
         self.nbytes: Final = _KEPT * sum(t.nbytes for t in network.state_dict().values())
 
     def infer(self, pixels: NDArray[np.uint8]) -> Iterator[Inference]:
@@ -59,18 +59,21 @@ class OpenVinoRuntime:
         Every view has a request of its own, all are queued at once, and none calls back into
         Python, so that no stream ever waits for the interpreter.
         """
-        requests, self._requests = self._requests, []  # what fails leaves none that is under way
+        requests = []
         with memory_watched(len(pixels), self.device):
-            while len(requests) < len(pixels):
-                requests.append(self._compiled.create_infer_request())
-            for number, request in enumerate(requests[: len(pixels)]):
-                request.set_input_tensor(openvino.Tensor(pixels[number : number + 1]))
-                request.start_async()
-            for request in requests[: len(pixels)]:
-                request.wait()
-                logits, maps = (request.get_output_tensor(n).data.copy() for n in range(2))
-                yield Inference(logits, maps)
-        self._requests = requests
+            for number in range(len(pixels)):
+                spare = self._spare.pop() if self._spare else self._compiled.create_infer_request()
+                spare.set_input_tensor(openvino.Tensor(pixels[number : number + 1]))
+                spare.start_async()
+                requests.append(spare)
+        return watched(self._results(requests), len(pixels), self.device)
+
+    def _results(self, requests: list[Any]) -> Iterator[Inference]:
+        for request in requests:
+            request.wait()
+            logits, maps = (request.get_output_tensor(n).data.copy() for n in range(2))
+            self._spare.append(request)
+            yield Inference(logits, maps)
 
 
 def openvino_model(network: EvidenceNet, spec: Preprocessing) -> openvino.Model:

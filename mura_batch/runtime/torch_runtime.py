@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Final
@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from mura_batch.errors import Misconfigured
-from mura_batch.network import EvidenceNet, normalise
+from mura_batch.network import Evidence, EvidenceNet, normalise
 from mura_batch.preprocessing import Preprocessing
-from mura_batch.runtime.inference import Inference, memory_watched
+from mura_batch.runtime.inference import Inference, memory_watched, watched
 
 # On the CPU a batch goes in portions to streams of one or few threads each. All threads on one
 # pass wait for each other after every layer, and wait long where decoders need a core too:
@@ -39,22 +39,26 @@ class TorchRuntime:
 
     def infer(self, pixels: NDArray[np.uint8]) -> Iterator[Inference]:
         """Score luminance of shape (N, S, S); see :class:`mura_batch.runtime.Runtime`."""
+        parts: Iterable[Inference]
         with memory_watched(len(pixels), self.device):
-            if self.device != "cpu":
-                yield self._forward(pixels)
-                return
-            size = min(_PORTION, math.ceil(len(pixels) / _stream_count()))
-            portions = [pixels[at : at + size] for at in range(0, len(pixels), size)]
-            yield from _streams().map(self._forward, portions)
+            if self.device == "cpu":
+                size = min(_PORTION, math.ceil(len(pixels) / _stream_count()))
+                portions = [pixels[at : at + size] for at in range(0, len(pixels), size)]
+                parts = _streams().map(lambda portion: _fetched(self._forward(portion)), portions)
+            else:
+                parts = map(_fetched, [self._forward(pixels)])  # a GPU goes on by itself
+        return watched(parts, len(pixels), self.device)
 
-    def _forward(self, pixels: NDArray[np.uint8]) -> Inference:
+    def _forward(self, pixels: NDArray[np.uint8]) -> Evidence:
         with torch.inference_mode():
             films = torch.from_numpy(np.require(pixels, requirements="W")).to(self.device)
             images = normalise(films, self._spec.mean, self._spec.std)
-            evidence = self._network(images.contiguous(memory_format=torch.channels_last))
-            return Inference(
-                evidence.logit.float().cpu().numpy(), evidence.map.float().cpu().numpy()
-            )
+            evidence: Evidence = self._network(images.contiguous(memory_format=torch.channels_last))
+            return evidence
+
+
+def _fetched(evidence: Evidence) -> Inference:
+    return Inference(evidence.logit.float().cpu().numpy(), evidence.map.float().cpu().numpy())
 
 
 @cache
