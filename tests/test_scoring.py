@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ class Watched:
         self.poison = -1
         self.most = 1000
         self.breaks_after = -1  # views, once
+        self.under_way = self.most_under_way = 0
 
     def infer(self, pixels: np.ndarray) -> Iterator[Inference]:
         self.batches.append(len(pixels))
@@ -35,11 +37,17 @@ class Watched:
             raise MemoryError
         if (pixels[:, 0, 0] == self.poison).any():
             raise RuntimeError("bad batch")
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        return self.parts(pixels)
+
+    def parts(self, pixels: np.ndarray) -> Iterator[Inference]:
         for number, view in enumerate(pixels):
             if number == self.breaks_after:
                 self.breaks_after = -1
                 raise MemoryError
             yield from self.runtime.infer(view[np.newaxis])
+        self.under_way -= 1
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +155,22 @@ def test_what_a_pass_scored_before_it_failed_is_kept(
     assert watched.batches == [8, *again]
 
 
+@pytest.mark.parametrize(("networks", "most"), [(1, 2), (2, 1)])
+def test_a_second_pass_is_started_ahead_for_the_same_network_only(
+    watched: Watched, card: Card, networks: int, most: int
+) -> None:
+    cards = [replace(card, sha256=f"{number:064}") for number in range(networks)]
+    with Scorer(lambda _: watched, batch=2, batch_seconds=3600) as scorer:
+        with scorer.feeding():
+            scores = []
+            for number, view in enumerate(views(card, 8)):
+                scorer.announce(cards[number // 2 % networks])
+                scores.append(scorer.submit(cards[number // 2 % networks], view))
+        assert all(np.isfinite(score.result(60).logit) for score in scores)
+    assert watched.most_under_way == most
+    assert watched.batches == [2, 2, 2, 2]
+
+
 def test_refused_weights_reach_every_view(card: Card) -> None:
     def refuse(_: Card) -> Runtime:
         raise WeightsRefused("changed on disk")
@@ -158,8 +182,6 @@ def test_refused_weights_reach_every_view(card: Card) -> None:
 
 
 def test_the_least_recently_used_network_goes_first(watched: Watched, card: Card) -> None:
-    from dataclasses import replace
-
     loaded: list[str] = []
 
     def make(which: Card) -> Watched:
