@@ -104,7 +104,7 @@ class Pipeline:
         self._custody = custody
         self._weights = weights
         self._scorer = scorer
-        threads = decoders or max(2, min(8, os.cpu_count() or 2))
+        threads = decoders or max(2, min(8, _processors()))
         self._decoders = ThreadPoolExecutor(threads, "decode")
         self._finishers = ThreadPoolExecutor(threads, "finish")
         self._closer = ThreadPoolExecutor(1, "close")
@@ -457,6 +457,13 @@ class Pipeline:
                 self._custody.to_archive(stored.id, claim)
                 moves.append(Move(claim, Place.ARCHIVE, names))
         return moves
+
+
+def _processors() -> int:
+    """Return how many processors this process may use, which can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _attempt(study_id: str, action: Callable[[], None]) -> MuraError | None:
