@@ -258,9 +258,11 @@ class Scorer:
         return lane
 
     def _ready(self) -> _Lane | None:
-        """Return the lane whose batch should go now: full ones first, then the oldest."""
+        """Return the lane whose batch should go now: the oldest, a full one ``batch_seconds``
+        before its time, so that none waits for good behind one that is always full.
+        """
         now = time.monotonic()
-        due: list[tuple[bool, float, _Lane]] = []
+        due: list[tuple[float, _Lane]] = []
         for lane in self._lanes.values():
             if not lane.waiting:
                 continue
@@ -268,8 +270,9 @@ class Scorer:
             late = now - lane.waiting[0].since >= self._batch_seconds
             alone = lane.announced <= 0 and not self._feeding
             if full or late or alone or self._closing:
-                due.append((not full, lane.waiting[0].since, lane))
-        return min(due, key=lambda entry: entry[:2])[2] if due else None
+                head_start = self._batch_seconds if full else 0.0
+                due.append((lane.waiting[0].since - head_start, lane))
+        return min(due, key=lambda entry: entry[0])[1] if due else None
 
     def _until_due(self) -> float | None:
         oldest = [lane.waiting[0].since for lane in self._lanes.values() if lane.waiting]

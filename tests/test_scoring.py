@@ -171,6 +171,30 @@ def test_a_second_pass_is_started_ahead_for_the_same_network_only(
     assert watched.batches == [2, 2, 2, 2]
 
 
+def test_a_view_is_not_overtaken_for_good_by_a_network_that_is_always_busy(
+    watched: Watched, card: Card
+) -> None:
+    rare = replace(card, sha256="0" * 64)
+    order: list[str] = []
+    pixels = views(card, 1)[0]
+    with Scorer(lambda _: watched, batch=2, batch_seconds=0.1) as scorer, scorer.feeding():
+
+        def ask_for(card: Card, left: int) -> None:
+            def next_one(_: object) -> None:
+                order.append(card.sha256)
+                if left and rare.sha256 not in order:
+                    ask_for(card, left - 1)
+
+            scorer.announce(card)
+            scorer.submit(card, pixels).add_done_callback(next_one)
+
+        ask_for(rare, 0)
+        for _ in range(6):
+            ask_for(card, 30)
+    assert order[-1] == card.sha256
+    assert rare.sha256 in order[:-6]
+
+
 def test_refused_weights_reach_every_view(card: Card) -> None:
     def refuse(_: Card) -> Runtime:
         raise WeightsRefused("changed on disk")
