@@ -11,7 +11,6 @@ import fcntl
 import json
 import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from mura_batch.custody import Claim, Custody
 from mura_batch.errors import Misconfigured, MuraError, Transient
 from mura_batch.inbox import Inbox, Wakeup
 from mura_batch.lock import LOCK_FILE
+from mura_batch.news import News
 from mura_batch.pipeline import Pipeline
 from mura_batch.records import State
 from mura_batch.scoring import warm_scorer
@@ -80,8 +80,8 @@ class Daemon:
     def __init__(self, settings: Settings, *, notify: Notify = lambda _: None) -> None:
         self._settings = settings
         self._notify = notify
-        self._stopping = threading.Event()
-        self._recorded = threading.Event()  # news for the feeder
+        self._stopping = False
+        self._recorded = News()  # for the feeder
         self._wakeup: Wakeup | None = None
         self._next_word = 0.0
         self._unrecorded: list[Claim] = []
@@ -89,8 +89,8 @@ class Daemon:
 
     def stop(self) -> None:
         """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
-        self._stopping.set()
-        self._recorded.set()
+        self._stopping = True
+        self._recorded.tell()
         if self._wakeup is not None:
             self._wakeup.wake()
 
@@ -137,7 +137,7 @@ class Daemon:
     ) -> None:
         """Scan, claim and wait until told to stop (the main thread)."""
         ready = False
-        while not self._stopping.is_set():
+        while not self._stopping:
             claimed = self._scan(inbox, custody, pipeline)
             if not ready:
                 self._notify(READY)
@@ -156,7 +156,7 @@ class Daemon:
     def _go_on(self) -> bool:
         """Tell the service manager that work goes on; return whether it should."""
         self._notify(ALIVE)
-        return not self._stopping.is_set()
+        return not self._stopping
 
     def _say(self, inbox: Inbox) -> None:
         """Leave word for ``mura-batch status``, every few seconds."""
@@ -182,7 +182,7 @@ class Daemon:
         if self._unrecorded:  # what the ledger does not know would be claimed once more
             return recorded
         for candidate in inbox.scan():
-            if self._stopping.is_set():
+            if self._stopping:
                 break
             try:
                 claim = custody.claim(candidate)
@@ -205,10 +205,10 @@ class Daemon:
             try:
                 pipeline.receive(claims)
             except Transient as exc:
-                log.warning("the ledger could not be written", extra={"why": str(exc)})
+                log.warning("claims could not be recorded", extra={"why": str(exc)})
                 break
             del self._unrecorded[:_RECORD]
-            self._recorded.set()
+            self._recorded.tell()
             recorded += len(claims)
         return recorded
 
@@ -216,7 +216,7 @@ class Daemon:
         """Take queued studies and feed them to the pipeline (the feeder thread)."""
         active: dict[Area, str] = {}
         look_again = 0.0
-        while not self._stopping.is_set():
+        while not self._stopping:
             try:
                 if time.monotonic() >= look_again:
                     active = _noticed(active, store, weights)
@@ -230,9 +230,8 @@ class Daemon:
                 taken = []
             if not taken:
                 self._recorded.wait(_LEDGER_SECONDS)
-                self._recorded.clear()
             elif len(taken) < _TAKE:
-                self._stopping.wait(_GATHER_SECONDS)
+                time.sleep(_GATHER_SECONDS)
 
 
 _ENDED = (State.DONE, State.QUARANTINED)

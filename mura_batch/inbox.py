@@ -23,10 +23,8 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, Self
 
@@ -52,6 +50,7 @@ from mura_batch.custody import (
     ignored_names,
 )
 from mura_batch.moves import open_regular
+from mura_batch.news import News
 from mura_batch.study import Kind, Peek, peek
 
 log = logging.getLogger(__name__)
@@ -392,7 +391,7 @@ class Wakeup:
         self.mode: Literal["events", "polling"] = "polling"
         self._inbox = settings.inbox_dir
         self._wanted = settings.watch != "polling"
-        self._news: SimpleQueue[None] = SimpleQueue()  # unlike an Event, safe in signal handlers
+        self._news = News()
         self._observer: BaseObserver | None = None
         self._broken = False
         self._hook = threading.excepthook
@@ -432,17 +431,14 @@ class Wakeup:
 
     def wait(self, timeout: float) -> None:
         """Return after ``timeout`` seconds, or sooner: on an event or on :meth:`wake`."""
-        with suppress(Empty):
-            self._news.get(timeout=timeout)
-            while True:
-                self._news.get_nowait()
+        self._news.wait(timeout)
         if self.mode == "events" and not self._alive():
             log.warning("file system events have ceased: the inbox is polled")
             self.mode = "polling"
 
     def wake(self) -> None:
         """End the present or the next wait; may be called from a signal handler."""
-        self._news.put(None)
+        self._news.tell()
 
     def _alive(self) -> bool:
         observer = self._observer
@@ -479,9 +475,8 @@ class _Hint(FileSystemEventHandler):
     would be an event, and the scans that go on until it has settled see it grow.
     """
 
-    def __init__(self, news: SimpleQueue[None]) -> None:
+    def __init__(self, news: News) -> None:
         self._news = news
 
     def on_any_event(self, event: FileSystemEvent) -> None:  # noqa: ARG002 - that it came is all
-        if self._news.empty():
-            self._news.put(None)
+        self._news.tell()

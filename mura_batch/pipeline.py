@@ -47,6 +47,7 @@ from mura_batch.records import (
     State,
     StoredFile,
     StoredStudy,
+    StudyOutcome,
 )
 from mura_batch.scoring import Scorer, ViewScore
 from mura_batch.store import Store
@@ -74,6 +75,7 @@ class _Job:
     leaves_files: bool = False  # where others can still write them
     open_views: int = 1  # one more than the views, until all of them are on their way
     passing: MuraError | None = None
+    committed: tuple[StudyOutcome, StoredStudy] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ended(self) -> Pass:
@@ -112,6 +114,7 @@ class Pipeline:
         self._window = threading.BoundedSemaphore(max(64, _VIEWS_IN_FLIGHT * settings.batch))
         self._in_flight = 0
         self._untold: deque[tuple[StoredStudy, MuraError]] = deque()
+        self._telling = threading.Lock()
         self._idle = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -211,12 +214,13 @@ class Pipeline:
 
     def _tell(self) -> None:
         """Write failures to the ledger; what it does not take now is written with the next."""
-        for _ in range(len(self._untold)):
-            stored, error = self._untold.popleft()
-            trouble = _attempt(stored.id, partial(self._give_up, stored, error))
-            if trouble is not None:
-                log.error("the ledger could not be written", extra={"study": stored.id})
-                self._untold.append((stored, error))
+        with self._telling:
+            for _ in range(len(self._untold)):
+                stored, error = self._untold.popleft()
+                trouble = _attempt(stored.id, partial(self._give_up, stored, error))
+                if trouble is not None:
+                    log.error("the ledger could not be written", extra={"study": stored.id})
+                    self._untold.append((stored, error))
 
     def _give_up(self, stored: StoredStudy, error: MuraError) -> None:
         """Try the study again later, or fail it."""
@@ -347,33 +351,43 @@ class Pipeline:
     # ---- outcome
 
     def _close(self) -> None:
-        """Finish the studies that have ended since, together where that works (the closer)."""
+        """Commit the studies that have ended since and move their files (the closer).
+
+        All at once where that works, else one by one; none is committed twice.
+        """
         with self._idle:
             if self._ended:
                 self._idle.wait_for(self._gathered, _GATHER_SECONDS)
             jobs = [self._ended.popleft() for _ in range(min(_GROUP, len(self._ended)))]
-        sound = [job for job in jobs if _lasting(job.passing) is None]
-        alone = [job for job in jobs if _lasting(job.passing) is not None]
-        if len(sound) == 1 or _attempt("several", partial(self._finish, sound)) is not None:
-            alone = jobs
-        for job in alone:
-            self._bounded(job.stored, partial(self._finish, [job]))
+        if not jobs:
+            return
+        if len(sound := [job for job in jobs if _lasting(job.passing) is None]) > 1:
+            _attempt("several", partial(self._commit, sound))
+        for job in jobs:
+            if job.committed is None:
+                self._bounded(job.stored, partial(self._commit, [job]))
+        if (error := _attempt("several", partial(self._look_again, jobs))) is not None:
+            log.warning("new weights could not be looked for", extra={"why": str(error)})
+        done = [(job.stored, *job.committed) for job in jobs if job.committed is not None]
+        moving = partial(self.settle_custody, [now for _, _, now in done])
+        moved = _attempt("several", moving) is None
+        for stored, outcome, now in done:
+            self._bounded(stored, partial(self._end, outcome, () if moved else (now,)))
 
     def _gathered(self) -> bool:
         return len(self._ended) >= min(_GROUP, self._in_flight)
 
-    def _finish(self, jobs: Sequence[_Job]) -> None:
-        """Commit what was found out, then move the files; every view has its score or error."""
-        if not jobs:
-            return
+    def _commit(self, jobs: Sequence[_Job]) -> None:
+        """Commit what was found out, all or none; every view has its score or error."""
         for job in jobs:
             if (error := _lasting(job.passing)) is not None:
                 raise error
             if job.passing is not None:
                 log.warning("weights refused", extra={"study": job.stored.id})
         outcomes = [study_outcome(job.ended(), self._settings) for job in jobs]
-        stored = self._store.commit(*outcomes)
-        for outcome in outcomes:
+        now = {stored.id: stored for stored in self._store.commit(*outcomes)}
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            job.committed = outcome, now[outcome.study_id]
             _step("committed", study=outcome.study_id)
             for problem in outcome.problems:
                 lost = {"study": outcome.study_id, "code": problem.code}
@@ -381,9 +395,27 @@ class Pipeline:
             for reading in outcome.readings:
                 facts = {"study": outcome.study_id, "area": reading.area, "state": reading.state}
                 log.info("study finished", extra=facts)
-        self.settle_custody(stored)
-        for outcome in outcomes:
-            self._leave(*(reading.state for reading in outcome.readings))
+
+    def _look_again(self, jobs: Sequence[_Job]) -> None:
+        """Queue again what was committed without weights that came while it was under way."""
+        unscored = {
+            (work.part.area, work.card)
+            for job in jobs
+            for work in job.parts
+            if work.known is None and not any(slot.score for slot in work.slots)
+        }
+        came = [
+            area
+            for area, card in unscored
+            if area is not None and self._active(area) not in {None, card}
+        ]
+        if came:
+            self._store.requeue_no_weights(came)
+
+    def _end(self, outcome: StudyOutcome, unmoved: Sequence[StoredStudy]) -> None:
+        """Move the files that could not be moved with others', and let the study go."""
+        self.settle_custody(unmoved)
+        self._leave(*(reading.state for reading in outcome.readings))
 
     def _defer(self, stored: StoredStudy, error: MuraError) -> None:
         attempt = stored.attempts + 1

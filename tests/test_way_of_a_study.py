@@ -20,7 +20,7 @@ from PIL import Image
 from site_home import SAMPLES, film, make_home
 from sqlalchemy.exc import DatabaseError
 
-from mura_batch import custody, moves, pipeline
+from mura_batch import custody, daemon, moves, pipeline
 from mura_batch.area import Area
 from mura_batch.config import Settings
 from mura_batch.custody import Custody
@@ -176,6 +176,30 @@ def test_a_study_waits_for_weights_and_goes_on_when_they_come(site: Settings) ->
     assert {row.state for row in run(site)} == {"done"}
 
 
+def test_weights_that_come_while_a_study_is_under_way_are_used(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(site.weights_dir / "XR_HAND")
+    film(site.inbox_dir / "hand.png", 1)
+    notice, commit = daemon._noticed, Store.commit
+    noticed = threading.Event()
+
+    def told(*known):
+        active = notice(*known)
+        if Area.XR_HAND in active:
+            noticed.set()
+        return active
+
+    def late(store: Store, *outcomes):
+        WeightsStore(site.weights_dir).install_bundled()
+        assert noticed.wait(30)
+        return commit(store, *outcomes)
+
+    monkeypatch.setattr(daemon, "_noticed", told)
+    monkeypatch.setattr(Store, "commit", late)
+    assert [row.state for row in run(site)] == ["done"]
+
+
 def test_rerun_alone_makes_a_new_row_of_the_same_key(site: Settings) -> None:
     film(site.inbox_dir / "hand.png", 1)
     first = run(site)[0]
@@ -247,6 +271,29 @@ def test_a_passing_fault_is_tried_again_and_then_waits_for_a_person(site: Settin
     assert kept(site, "archive") == ["hand.png"]
 
 
+def test_a_study_that_cannot_be_moved_is_no_burden_to_those_that_end_with_it(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mark in range(4):
+        film(site.inbox_dir / f"{mark}/hand/image.png", mark)
+    archive, refused = Custody.to_archive, []
+
+    def full(custody: Custody, study: str, claim: str) -> None:
+        if not refused or refused == [study]:  # with the others, and once more alone
+            refused.append(study)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        archive(custody, study, claim)
+
+    monkeypatch.setattr(Custody, "to_archive", full)
+    while {row.state for row in run(site)} != {"done"}:
+        time.sleep(0.05)
+    with Store.open(site.database_url) as store:
+        told = {row.study: [event.what for event in store.events(row.study)] for row in rows(site)}
+    assert told.pop(refused[0]).count("deferred") == 1
+    assert [events.count("done") for events in told.values()] == [1, 1, 1]
+    assert len(kept(site, "archive")) == 4
+
+
 def test_no_patient_data_in_the_log(site: Settings, caplog: pytest.LogCaptureFixture) -> None:
     save_dicom(site.inbox_dir / "Doe_Jane/IM1", PatientName="Doe^Jane", PatientID="4711-X")
     shutil.copytree(SAMPLES / "XR_HAND", site.inbox_dir / "Doe_Jane_hand")
@@ -291,11 +338,11 @@ def test_what_ends_the_feeder_ends_the_daemon(
         raise DatabaseError("select", {}, sqlite3.DatabaseError("database disk image is malformed"))
 
     monkeypatch.setattr(Store, "take", damaged)
-    daemon = Daemon(site)
-    patience = threading.Timer(20, daemon.stop)
+    watching = Daemon(site)
+    patience = threading.Timer(20, watching.stop)
     patience.start()
     with pytest.raises(DatabaseError, match="malformed"):
-        daemon.run()
+        watching.run()
     patience.cancel()
 
 
