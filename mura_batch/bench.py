@@ -41,8 +41,8 @@ from mura_batch.daemon import Daemon, Summary
 from mura_batch.demo import drop_samples
 from mura_batch.errors import Misconfigured, MuraError
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.preprocessing import Luminance, Preprocessing, prepare
-from mura_batch.radiograph import read_luminance
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
 from mura_batch.weights import WeightsStore, load_bundled
@@ -277,11 +277,7 @@ def _sample_pixels() -> NDArray[np.uint8]:
     spec = load_bundled(_WEIGHTS_OF)[1].preprocessing
     with tempfile.TemporaryDirectory(prefix="mura-batch-bench-") as folder:
         drop_samples(Path(folder))
-        inputs: list[Luminance] = [
-            prepare(read_luminance(file, enough=spec.enough), spec).pixels
-            for file in _files(Path(folder))
-        ]
-    return np.stack(inputs)
+        return np.stack([read_film(file, 0, spec)[1].pixels for file in _files(Path(folder))])
 
 
 def _differences(

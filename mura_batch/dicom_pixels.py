@@ -90,14 +90,16 @@ class _Layout:
         return 16 if self.allocated > 16 else self.samples * self.allocated // 8  # noqa: PLR2004 - bits
 
 
-def read_dicom(stream: BinaryIO, frame: int, *, enough: int | None = None) -> NDArray[np.uint8]:
+def read_dicom(stream: BinaryIO, frame: int, enough: int | None) -> tuple[NDArray[np.uint8], bool]:
     """Return luminance (H, W), 0–255, bone bright, of one frame (from 0) of an opened file.
+
+    The second value tells whether it was decoded smaller than it is: grey JPEG 2000, where a
+    longer side of ``enough`` pixels will do.
 
     Grey: stored value → Modality LUT or rescale → first VOI LUT, else first window, else the
     robust range of :func:`mura_batch.greyscale.stretched` → 0–255 → inverted for MONOCHROME1.
     Pixel padding is left out of the range and is black. Colour must be grey within
-    :func:`mura_batch.greyscale.grey_of_colour`'s measure. ``enough``: see
-    :func:`mura_batch.radiograph.read_luminance`.
+    :func:`mura_batch.greyscale.grey_of_colour`'s measure.
 
     Raises:
         UnreadableImage: ``corrupt``, ``too_deep``, ``no_pixels``, ``truncated``, ``too_large``,
@@ -124,12 +126,13 @@ def read_dicom(stream: BinaryIO, frame: int, *, enough: int | None = None) -> ND
         stored, precision = _decompressed(stream, header, layout, frame, enough)
     else:
         stored, precision = _uncompressed(stream, header, layout, frame), layout.stored
+    reduced = stored.shape[:2] != (layout.rows, layout.columns)
     try:
         if layout.samples > 1:
-            return _grey_of_channels(stored, precision)
+            return _grey_of_channels(stored, precision), reduced
         if layout.photometric == "PALETTE COLOR":
-            return _grey_of_channels(*_painted(stored, header.dataset))
-        return _grey_table(header, layout, frame, precision).rendered(stored)
+            return _grey_of_channels(*_painted(stored, header.dataset)), reduced
+        return _grey_table(header, layout, frame, precision).rendered(stored), reduced
     except DECODER_ERRORS as exc:
         raise UnreadableImage(
             "corrupt", "its tables of grey values contradict its header: export the study again"
@@ -257,10 +260,10 @@ def _decompressed(
     try:
         if syntax == RLELossless:
             return _run_lengths(packed, layout), layout.stored
-        halvings = spare_halvings(layout.columns, layout.rows, enough)
-        if halvings and packed.startswith(_J2K_START) and _is_plain_grey(layout, header.dataset):
-            array = _smaller(packed, precision, halvings)
-        else:
+        array = None
+        if packed.startswith(_J2K_START) and _is_plain_grey(layout, header.dataset):
+            array = _smaller(packed, layout, precision, enough)
+        if array is None:
             decoder = get_decoder(syntax)
             array, _ = decoder.as_array(encapsulate([packed]), **_options(layout))
     except (NotImplementedError, KeyError) as exc:
@@ -388,19 +391,35 @@ def _is_plain_grey(layout: _Layout, dataset: Dataset) -> bool:
     return grey and layout.allocated <= 16 and "PixelPaddingValue" not in dataset  # noqa: PLR2004
 
 
-def _smaller(packed: bytes, precision: int, halvings: int) -> NDArray[Any]:
-    """Decode a grey JPEG 2000 frame without its ``halvings`` finest levels of detail.
+def _smaller(
+    packed: bytes, layout: _Layout, precision: int, enough: int | None
+) -> NDArray[Any] | None:
+    """Decode a grey JPEG 2000 frame without the finest levels of detail that can be spared.
 
     By Pillow, since pydicom's plugins have no way to ask for it. It scales values up to 8 or 16
-    bits, and makes signed ones positive.
+    bits, and makes signed ones positive. None where nothing can be spared, or Pillow fails.
     """
-    with Image.open(io.BytesIO(packed), formats=("JPEG2000",)) as film:
-        film.reduce = halvings  # type: ignore[assignment,method-assign]  # the plugin's own name
-        scaled = np.asarray(film)
+    sides = layout.columns, layout.rows
+    halvings = spare_halvings(*sides, enough)
+    while any(_pillow_rounds_otherwise(side, halvings) for side in sides):
+        halvings -= 1
+    if halvings == 0:
+        return None
+    try:
+        with Image.open(io.BytesIO(packed), formats=("JPEG2000",)) as film:
+            film.reduce = halvings  # type: ignore[assignment,method-assign]  # the plugin's own name
+            scaled = np.asarray(film)
+    except (*DECODER_ERRORS, Image.DecompressionBombError):  # fewer levels than halvings, say
+        return None
     words = scaled >> (8 * scaled.itemsize - precision)
     if packed[_J2K_DEPTH] & 0x80:  # of signed values
         words ^= words.dtype.type(1 << (precision - 1))
     return words
+
+
+def _pillow_rounds_otherwise(side: int, halvings: int) -> bool:
+    """Tell whether Pillow expects another length than OpenJPEG gives, and refuses the film."""
+    return halvings > 0 and (side + (1 << halvings >> 1)) >> halvings != -(-side >> halvings)
 
 
 _J2K_DEPTH = 42  # offset of Ssiz in a code stream (ISO 15444-1, A.5.1)

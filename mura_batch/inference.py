@@ -13,7 +13,7 @@ from PIL import Image
 from mura_batch.area import Area
 from mura_batch.overlay import Caption, render, thumbnail
 from mura_batch.preprocessing import Box, Luminance, NetworkInput, prepare
-from mura_batch.radiograph import read_luminance
+from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.scoring import sigmoid
 from mura_batch.weights import WeightsStore, load_bundled
@@ -60,7 +60,7 @@ class Model:
             raise TypeError(f"give a list of images: score([{str(images)!r}])")
         scores = []
         for start in range(0, len(images), batch):
-            inputs = [self._input(image) for image in images[start : start + batch]]
+            inputs = [self._film(image)[1] for image in images[start : start + batch]]
             pixels = np.stack([each.pixels for each in inputs])
             result = Inference.joined(self._runtime.infer(pixels))
             scores += [
@@ -75,21 +75,20 @@ class Model:
         Raises:
             UnreadableImage, ValueError: as for :meth:`score`.
         """
-        picture = thumbnail(self._luminance(image), score.box)
+        picture = thumbnail(self._film(image)[0], score.box)
         return render(picture, score.map, Caption(self.card, score.probability))
 
-    def _input(self, image: str | Path | Luminance) -> NetworkInput:
-        return prepare(self._luminance(image), self.card.preprocessing)
-
-    def _luminance(self, image: str | Path | Luminance) -> Luminance:
+    def _film(self, image: str | Path | Luminance) -> tuple[Luminance, NetworkInput]:
+        """Return an image and what the network sees of it."""
+        spec = self.card.preprocessing
         if not isinstance(image, np.ndarray):
-            return read_luminance(Path(image), enough=self.card.preprocessing.enough)
+            return read_film(Path(image), 0, spec)
         if image.dtype != np.uint8 or image.ndim != 2 or not image.size:  # noqa: PLR2004 - H, W
             raise ValueError(
                 f"an array of {image.dtype} {image.shape} is no luminance: give uint8 (H, W), bone"
                 " bright, or the file"
             )
-        return image
+        return image, prepare(image, spec)
 
 
 def load_model(

@@ -35,8 +35,8 @@ from mura_batch.errors import (
 from mura_batch.moves import MAX_BYTES, digest
 from mura_batch.outcome import PartWork, Pass, Slot, part_work, study_outcome
 from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
-from mura_batch.preprocessing import Luminance, prepare
-from mura_batch.radiograph import read_luminance
+from mura_batch.preprocessing import Luminance
+from mura_batch.radiograph import read_film
 from mura_batch.reasons import Reason, what_to_do
 from mura_batch.records import (
     ClaimedFile,
@@ -278,14 +278,13 @@ class Pipeline:
         """Read one view and hand it to the scorer (a decoder thread)."""
 
         def action() -> None:
-            spec = card.preprocessing
-            luminance = read_luminance(slot.view.file.path, slot.view.frame, enough=spec.enough)
+            view = slot.view
+            luminance, seen = read_film(view.file.path, view.frame, card.preprocessing)
             if job.leaves_files:
-                _still_the_same(slot.view.file)
-            ready = prepare(luminance, spec)
-            picture = thumbnail(luminance, ready.box) if self._settings.overlays else None
+                _still_the_same(view.file)
+            picture = thumbnail(luminance, seen.box) if self._settings.overlays else None
             _step("decoded", study=job.stored.id)
-            submitted.append((ready.pixels, picture))
+            submitted.append((seen.pixels, picture))
 
         submitted: list[tuple[Luminance, Thumbnail | None]] = []
         if (error := _attempt(job.stored.id, action)) is not None:

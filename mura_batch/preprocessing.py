@@ -28,8 +28,8 @@ class Preprocessing:
             widens it to a square first, with black outside the film.
         mean, std: per RGB channel, on a 0–1 scale.
         decode: ``reduced`` lets JPEG and grey JPEG 2000 be decoded at a half, a quarter or an
-            eighth of their size, down to a longer side of :attr:`enough`: much faster, and not
-            quite the same pixels.
+            eighth of their size, down to a longer side of :attr:`enough` and to as many pixels
+            as the network takes: much faster, and not quite the same pixels.
     """
 
     size: int = 224
@@ -41,7 +41,7 @@ class Preprocessing:
 
     @property
     def enough(self) -> int | None:
-        """What :func:`mura_batch.radiograph.read_luminance` takes: twice the network's input."""
+        """Pixels of a film's longer side that will do, twice the network's; None for all."""
         return 2 * self.size if self.decode == "reduced" else None
 
 

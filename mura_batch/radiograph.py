@@ -22,11 +22,11 @@ from mura_batch.greyscale import (
     stretched,
     strips,
 )
-from mura_batch.preprocessing import Luminance
+from mura_batch.preprocessing import Luminance, NetworkInput, Preprocessing, prepare
 from mura_batch.untrusted import DECODER_ERRORS, check_size, hush, opened, size_of, sniff
 
 
-def read_luminance(path: Path, frame: int = 0, *, enough: int | None = None) -> Luminance:
+def read_luminance(path: Path, frame: int = 0) -> Luminance:
     """Return luminance of shape (H, W), 0–255, bone bright, of a PNG, JPEG or DICOM file.
 
     The content decides what it is, not the name. ``frame`` counts from 0 and is above 0 for
@@ -34,14 +34,37 @@ def read_luminance(path: Path, frame: int = 0, *, enough: int | None = None) -> 
     as Pillow's ``convert("L")`` does. EXIF orientation is applied, transparency is put on black.
     16-bit images: see :func:`mura_batch.greyscale.stretched`, with 0–65535 as the full range.
 
-    Where a longer side of ``enough`` pixels will do, JPEG and grey JPEG 2000 may come out 2, 4 or
-    8 times smaller, but no smaller than that.
-
     Raises:
         UnreadableImage: with the code ``empty``, ``not_an_image``, ``truncated``, ``corrupt``,
             ``too_large``, ``shape``, ``colour``, ``unreadable``, ``not_a_file``, or of DICOM
             ``no_pixels``, ``transfer_syntax``, ``unsupported_pixels`` or ``too_deep``.
         Transient: the file system or the memory failed, not the file.
+    """
+    return _read(path, frame, None)[0]
+
+
+def read_film(path: Path, frame: int, spec: Preprocessing) -> tuple[Luminance, NetworkInput]:
+    """Return a film as :func:`read_luminance` does, and what a network sees of it.
+
+    Where ``spec.decode`` is ``reduced``, the film is smaller than in its file if what the network
+    sees still has to be reduced; else it is read once more, in full.
+
+    Raises:
+        UnreadableImage, Transient: as for :func:`read_luminance`.
+    """
+    luminance, reduced = _read(path, frame, spec.enough)
+    seen = prepare(luminance, spec)
+    if reduced and min(seen.box.right - seen.box.left, seen.box.bottom - seen.box.top) < spec.size:
+        luminance, _ = _read(path, frame, None)
+        seen = prepare(luminance, spec)
+    return luminance, seen
+
+
+def _read(path: Path, frame: int, enough: int | None) -> tuple[Luminance, bool]:
+    """Return a film, and whether it was decoded smaller than it is.
+
+    Where a longer side of ``enough`` pixels will do, JPEG and grey JPEG 2000 may come out 2, 4 or
+    8 times smaller, but no smaller than that.
     """
     with opened(path) as stream:
         head = stream.read(132)
@@ -62,7 +85,7 @@ def read_luminance(path: Path, frame: int = 0, *, enough: int | None = None) -> 
 _LARGEST_RASTER = 1 << 30  # bytes of a PNG or JPEG file
 
 
-def _read_raster(stream: BinaryIO, enough: int | None) -> Luminance:
+def _read_raster(stream: BinaryIO, enough: int | None) -> tuple[Luminance, bool]:
     hush()
     size = size_of(stream)
     if size > _LARGEST_RASTER:
@@ -72,9 +95,11 @@ def _read_raster(stream: BinaryIO, enough: int | None) -> Luminance:
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as film:
             check_size(film.width, film.height, size, pixel_bytes=_pixel_bytes(film))
+            whole = film.size
             if halvings := spare_halvings(film.width, film.height, enough):  # JPEG alone can
-                film.draft(None, (-(-film.width >> halvings), -(-film.height >> halvings)))
-            return np.ascontiguousarray(_upright(_grey(film, content), _orientation(film)))
+                film.draft(None, (max(1, film.width >> halvings), max(1, film.height >> halvings)))
+            luminance = _upright(_grey(film, content), _orientation(film))
+            return np.ascontiguousarray(luminance), film.size != whole
     except Image.DecompressionBombError as exc:
         raise UnreadableImage(
             "too_large", "the header claims more pixels than any film has: export it again"

@@ -23,11 +23,9 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.sequence import Sequence
-from pydicom.uid import JPEG2000Lossless
 from torchvision.transforms import Resize
 
 from mura_batch.errors import UnreadableImage
-from mura_batch.greyscale import spare_halvings
 from mura_batch.preprocessing import Preprocessing, prepare
 from mura_batch.radiograph import read_luminance
 
@@ -462,53 +460,6 @@ def test_every_lossless_syntax_gives_the_same_film(tmp_path, syntax, dtype):
     for index, frame in enumerate(frames):
         film = read_luminance(tmp_path / "film.dcm", index)
         assert np.array_equal(film, windowed(frame.astype(float), 128, 256))
-
-
-HALF = np.add.outer(np.arange(96), np.arange(64)) * 20  # a slope: means of its pixels lie on it
-
-
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("bits", [8, 12, 16])
-def test_jpeg_2000_at_half_size_shows_the_same_film(tmp_path, bits, signed):
-    slope = HALF if bits > 8 else HALF // 20
-    kind = np.dtype(f"{'i' if signed else 'u'}{1 if bits == 8 else 2}")
-    pixels = (slope - (slope.max() // 2 if signed else 0)).astype(kind)
-    window = {"WindowCenter": float(np.median(pixels)), "WindowWidth": float(np.ptp(pixels) + 1)}
-    path = made_dicom.write(
-        tmp_path / "film", pixels, JPEG2000Lossless, BitsStored=bits, HighBit=bits - 1, **window
-    )
-    whole, half = read_luminance(path), read_luminance(path, enough=40)
-    assert whole.shape == (96, 64)
-    assert half.shape == (48, 32)
-    means = whole.reshape(48, 2, 32, 2).mean(axis=(1, 3))
-    assert np.abs(half[2:-2, 2:-2] - means[2:-2, 2:-2]).max() <= 3
-    np.testing.assert_array_equal(read_luminance(path, enough=49), whole)
-
-
-def test_padding_and_palettes_are_not_decoded_smaller(tmp_path):
-    pixels = HALF.astype(np.uint16)
-    path = made_dicom.write(tmp_path / "film", pixels, JPEG2000Lossless, PixelPaddingValue=0)
-    assert read_luminance(path, enough=10).shape == (96, 64)
-
-
-@pytest.mark.parametrize(
-    ("longer", "halvings"), [(447, 0), (448, 0), (895, 0), (896, 1), (1792, 2), (9000, 3)]
-)
-def test_a_film_is_halved_while_enough_stays(longer, halvings):
-    assert spare_halvings(300, longer, 448) == halvings
-    assert spare_halvings(longer, 1, 448) == halvings
-    assert spare_halvings(longer, 300, None) == 0
-
-
-@pytest.mark.parametrize("shape", [(1001, 517), (2000, 101)])
-def test_a_jpeg_is_decoded_smaller_where_that_is_enough(tmp_path, shape):
-    slope = np.add.outer(np.arange(shape[0]) // 8, np.arange(shape[1]) // 8).astype(np.uint8)
-    Image.fromarray(slope).save(tmp_path / "film.jpg", quality=98)
-    small = read_luminance(tmp_path / "film.jpg", enough=224)
-    assert 224 <= max(small.shape) < max(shape)
-    whole = read_luminance(tmp_path / "film.jpg")
-    again = np.asarray(Image.fromarray(whole).resize(small.shape[::-1], Image.Resampling.BOX))
-    assert np.abs(small.astype(int) - again).mean() < 2
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

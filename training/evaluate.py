@@ -13,8 +13,8 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.preprocessing import Preprocessing, prepare
-from mura_batch.radiograph import read_luminance
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.radiograph import read_film
 from training.dataset import Film
 
 Floats = NDArray[np.float64]
@@ -62,8 +62,7 @@ def score_exams(
     with torch.inference_mode():
         for start in tqdm(range(0, len(films), batch), desc="scoring", disable=None):
             chunk = films[start : start + batch]
-            films_read = [read_luminance(film.path, enough=spec.enough) for film in chunk]
-            pixels = np.stack([prepare(film, spec).pixels for film in films_read])
+            pixels = np.stack([read_film(film.path, 0, spec)[1].pixels for film in chunk])
             images = normalise(torch.from_numpy(pixels), spec.mean, spec.std)
             logits += network(images).logit.tolist()
     exams: dict[str, list[int]] = {}

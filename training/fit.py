@@ -22,8 +22,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from mura_batch.network import EvidenceNet, normalise
-from mura_batch.preprocessing import Preprocessing, prepare
-from mura_batch.radiograph import read_luminance
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.radiograph import read_film
 from training.dataset import Film
 
 _HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp
@@ -117,7 +117,7 @@ def _prepared(films: list[Film], cache: Path, spec: Preprocessing) -> NDArray[np
     roomy = Preprocessing(size=size, crop=spec.crop, fit=spec.fit, decode=spec.decode)
     pixels = np.stack(
         [
-            prepare(read_luminance(film.path, enough=roomy.enough), roomy).pixels
+            read_film(film.path, 0, roomy)[1].pixels
             for film in tqdm(films, desc="reading films", disable=None)
         ]
     )
