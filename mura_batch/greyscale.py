@@ -81,7 +81,7 @@ def strips(height: int) -> Iterator[slice]:
     return (slice(start, start + _GATHERED) for start in range(0, height, _GATHERED))
 
 
-_MOST_HALVINGS = 3  # what JPEG can, and JPEG 2000 with its usual five levels
+_MOST_HALVINGS = 3  # what JPEG can
 
 
 def spare_halvings(width: int, height: int, enough: int | None) -> int:

@@ -45,8 +45,8 @@ class Thumbnail:
 
     Attributes:
         pixels: uint8 luminance of shape (h, w), the longer side ``SMALLEST`` to ``LARGEST``.
-        box: the region that the network saw, in pixels of the radiograph.
-        width, height: of the radiograph, in pixels.
+        box: the region that the network saw, in pixels of the luminance it was made from.
+        width, height: of that luminance, in pixels.
     """
 
     pixels: Luminance
@@ -184,7 +184,7 @@ def _coloured(picture: Thumbnail, steps: NDArray[np.float32]) -> _Indices:
 def _weights(cells: int, pixels: int, span: tuple[int, int, int]) -> NDArray[np.float32]:
     """Return each cell's share in each pixel along one side, float32 (pixels, cells).
 
-    ``span`` is the box's first and last edge and the film's length, in pixels of the radiograph.
+    ``span`` is the box's first and last edge and the film's length, in pixels of its luminance.
     """
     first, last, length = span
     centres = (np.arange(pixels) + 0.5) * length / pixels

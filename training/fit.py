@@ -2,7 +2,7 @@
 
 No epoch is chosen on the evaluation fold, so what it measures afterwards is held out. The run
 folder holds everything that repeats or resumes the run: ``run.json`` (settings, library
-versions), ``films.npy`` (prepared films), ``state.pt`` (after each epoch), ``log.csv``.
+versions), ``films-*.npy`` (prepared films), ``state.pt`` (after each epoch), ``log.csv``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def fit(
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     training = [film for film in films if film.fold != settings.evaluation_fold]
-    pixels = _prepared(training, run / "films.npy", settings.preprocessing)
+    pixels = _prepared(training, run, settings.preprocessing)
     labels = torch.tensor([float(film.label) for film in training])
     (run / "run.json").write_text(json.dumps({**asdict(settings), "films": len(training)}))
 
@@ -107,9 +107,10 @@ def fit(
         _save(network.state_dict(), run / "network.pt")
 
 
-def _prepared(films: list[Film], cache: Path, spec: Preprocessing) -> NDArray[np.uint8]:
+def _prepared(films: list[Film], run: Path, spec: Preprocessing) -> NDArray[np.uint8]:
     """Return the films as uint8 (N, S, S), S with headroom, from the cache where it fits."""
     size = round(spec.size * _HEADROOM)
+    cache = run / f"films-{spec.crop}-{spec.fit}-{spec.decode}.npy"
     if cache.exists():
         stored: NDArray[np.uint8] = np.load(cache)
         if stored.shape == (len(films), size, size):

@@ -62,14 +62,23 @@ def _fetched(evidence: Evidence) -> Inference:
 
 
 @cache
+def _threads() -> int:
+    """Return how many threads each stream has."""
+    return math.ceil(torch.get_num_threads() / _MOST_STREAMS)
+
+
+@cache
 def _stream_count() -> int:
-    return min(_MOST_STREAMS, torch.get_num_threads())
+    return torch.get_num_threads() // _threads()
 
 
 @cache
 def _streams() -> ThreadPoolExecutor:
-    """Return the streams that all networks of this process share."""
-    threads = torch.get_num_threads() // _stream_count()
+    """Return the streams that all networks of this process share.
+
+    Threads that are started later and run torch have as few threads as a stream.
+    """
+    threads = _threads()
     return ThreadPoolExecutor(
         _stream_count(), "torch", initializer=lambda: torch.set_num_threads(threads)
     )
