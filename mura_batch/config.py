@@ -144,6 +144,8 @@ def load(home: Path, environment: Mapping[str, str]) -> Settings:
             problems.append(f"{name}: {exc}")
     problems += [f"{n}: must be above 0" for n in _POSITIVE if n in values and values[n] <= 0]
     problems += [f"{n}: must not be below 0" for n in _FROM_ZERO if values.get(n, 0) < 0]
+    numbers = (*_POSITIVE, *_FROM_ZERO)
+    problems += [f"{n}: must be at most {_MOST}" for n in numbers if values.get(n, 0) > _MOST]
     if not 0 <= (values.get("threshold") or 0) <= 1:
         problems.append("threshold: must be between 0 and 1")
     settings = Settings(home=home, rules=rules, **values)
@@ -165,6 +167,7 @@ _POSITIVE = (
     "retry_seconds",
 )
 _FROM_ZERO = ("late_hours", "batch_seconds")
+_MOST = 1_000_000  # what clocks and timers take
 _FLAGS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
     ("false", "0", "no", "off"), False
 )

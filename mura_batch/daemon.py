@@ -145,13 +145,14 @@ class Daemon:
             self._notify(ALIVE)
             self._say(inbox)
             idle = not (claimed or inbox.waiting or self._unrecorded)
-            if once and idle and not store.busy(datetime.now(UTC)):
+            if once and idle and pipeline.idle and not store.busy(datetime.now(UTC)):
                 return
             pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
             if inbox.waiting or once:
                 pause = min(pause, self._settings.settle_seconds / 2)
             if self._wakeup is not None:
                 self._wakeup.wait(min(pause, _LONGEST_WAIT))
+        log.info("stopping: what is under way is finished first")
 
     def _go_on(self) -> bool:
         """Tell the service manager that work goes on; return whether it should."""
@@ -187,6 +188,8 @@ class Daemon:
             try:
                 claim = custody.claim(candidate)
             except Transient as exc:
+                if self._stopping:
+                    break  # it was told to leave the claim to the next start
                 log.warning("could not be claimed, will be tried again", extra={"why": str(exc)})
                 self._untaken += 1
             else:
@@ -280,7 +283,10 @@ def _alone(settings: Settings) -> Iterator[None]:
     try:
         stream = (settings.home / LOCK_FILE).open("w")
     except OSError as exc:
-        raise Misconfigured(f"{settings.home}: {exc.strerror}; run `mura-batch init`") from exc
+        cure = "this user must be able to write there"
+        if isinstance(exc, (FileNotFoundError, NotADirectoryError)):
+            cure = "run `mura-batch init`"
+        raise Misconfigured(f"{settings.home}: {exc.strerror}; {cure}") from exc
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

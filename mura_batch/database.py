@@ -98,8 +98,10 @@ def backup(url: str, file: Path) -> None:
     source = engines.sqlite_file(engines.parse_url(url))
     if source is None:
         raise Misconfigured("This is a PostgreSQL database: back it up with pg_dump.")
-    if not source.exists():
+    if current(url) is None:
         raise Misconfigured(f"No results database at {source}: nothing to back up.")
+    if not file.absolute().parent.is_dir():
+        raise Misconfigured(f"{file.absolute().parent}: no such folder; make it first.")
     if file.exists() and file.samefile(source):
         raise Misconfigured("The backup would overwrite the database itself: name another file.")
 

@@ -142,11 +142,21 @@ def revision(engine: Engine) -> str | None:
                 return None
             found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
             return None if found is None else str(found)
+    except OperationalError as exc:
+        raise Misconfigured(
+            f"The database {shown(engine.url)} cannot be opened ({_said(exc)}): check `database` in"
+            " config.toml, its server, and that this user may write to the file and its folder."
+        ) from exc
     except DatabaseError as exc:
         raise Misconfigured(
-            f"The database {shown(engine.url)} cannot be read ({exc.orig}): check `database` in"
+            f"The database {shown(engine.url)} cannot be read ({_said(exc)}): check `database` in"
             " config.toml, or restore a backup."
         ) from exc
+
+
+def _said(error: DatabaseError) -> str:
+    """Return the driver's words as one line."""
+    return " ".join(str(error.orig).split())
 
 
 @contextmanager
@@ -154,14 +164,14 @@ def _guarded() -> Iterator[None]:
     try:
         yield
     except OperationalError as exc:
-        raise Transient(f"The results database does not answer ({exc.orig}); try again.") from exc
+        raise Transient(f"The results database does not answer ({_said(exc)}); try again.") from exc
     except DatabaseError as exc:
         # Damage comes as the class itself (SQLite) or as an internal error (PostgreSQL); the other
         # subclasses are of the program's own making.
         if not isinstance(exc, InternalError) and type(exc) is not DatabaseError:
             raise
         raise Misconfigured(
-            f"The results database is damaged ({exc.orig}): restore a backup."
+            f"The results database is damaged ({_said(exc)}): restore a backup."
         ) from exc
 
 

@@ -33,12 +33,14 @@ def export(
     number of rows; the file appears whole.
 
     Raises:
-        Misconfigured: another ending.
+        Misconfigured: another ending, or no such folder.
         Transient: the database does not answer.
     """
     writer = _WRITERS.get(target.suffix.lower())
     if writer is None:
         raise Misconfigured(f"{target.name}: name a file that ends in {', '.join(_WRITERS)}.")
+    if not target.absolute().parent.is_dir():
+        raise Misconfigured(f"{target.absolute().parent}: no such folder; make it first.")
     fields = STUDY_FIELDS if level == "study" else IMAGE_FIELDS
     rows = _Counted(results.query(filters) if level == "study" else results.images(filters))
     write_atomic(target, lambda stream: writer(rows, fields, stream))

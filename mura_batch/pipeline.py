@@ -62,6 +62,7 @@ _NEVER_OPENED = {"symbolic_link", "not_a_file"}  # what a claim found; other fil
 _LEFT = {Place.INBOX, Place.OUTSIDE}
 _GROUP = 32  # studies that are committed together at most
 _GATHER_SECONDS = 0.5  # how long an ended study waits for others that are under way
+_LONGEST_WAIT = 86400.0  # seconds between two tries of a study
 _VIEWS_IN_FLIGHT = 4  # batches' worth of views between decode and overlay
 
 
@@ -421,8 +422,9 @@ class Pipeline:
         if attempt >= self._settings.attempts:
             self._fail(stored, "attempts_exhausted", str(error))
             return
-        wait = timedelta(seconds=self._settings.retry_seconds * 2 ** (attempt - 1))
-        self._store.defer(stored.id, str(error), datetime.now(UTC) + wait)
+        wait = min(self._settings.retry_seconds * 2 ** min(attempt - 1, 20), _LONGEST_WAIT)
+        due = datetime.now(UTC) + timedelta(seconds=wait)
+        self._store.defer(stored.id, str(error), due)
         log.warning("study will be tried again", extra={"study": stored.id, "attempt": attempt})
 
     def _fail(self, stored: StoredStudy, code: str, reason: str) -> None:

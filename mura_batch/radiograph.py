@@ -47,14 +47,15 @@ def read_film(path: Path, frame: int, spec: Preprocessing) -> tuple[Luminance, N
     """Return a film as :func:`read_luminance` does, and what a network sees of it.
 
     Where ``spec.decode`` is ``reduced``, the film is smaller than in its file if what the network
-    sees still has to be reduced; else it is read once more, in full.
+    sees of it is still twice as large as its input; else it is read once more, in full.
 
     Raises:
         UnreadableImage, Transient: as for :func:`read_luminance`.
     """
     luminance, reduced = _read(path, frame, spec.enough)
     seen = prepare(luminance, spec)
-    if reduced and min(seen.box.right - seen.box.left, seen.box.bottom - seen.box.top) < spec.size:
+    side = min(seen.box.right - seen.box.left, seen.box.bottom - seen.box.top)
+    if reduced and side < 2 * spec.size:
         luminance, _ = _read(path, frame, None)
         seen = prepare(luminance, spec)
     return luminance, seen
@@ -95,11 +96,10 @@ def _read_raster(stream: BinaryIO, enough: int | None) -> tuple[Luminance, bool]
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as film:
             check_size(film.width, film.height, size, pixel_bytes=_pixel_bytes(film))
-            whole = film.size
-            if halvings := spare_halvings(film.width, film.height, enough):  # JPEG alone can
-                film.draft(None, (max(1, film.width >> halvings), max(1, film.height >> halvings)))
-            luminance = _upright(_grey(film, content), _orientation(film))
-            return np.ascontiguousarray(luminance), film.size != whole
+            smaller = _halved(film, content, enough)
+            grey = _grey(film, content) if smaller is None else smaller
+            upright = np.ascontiguousarray(_upright(grey, _orientation(film)))
+            return upright, smaller is not None
     except Image.DecompressionBombError as exc:
         raise UnreadableImage(
             "too_large", "the header claims more pixels than any film has: export it again"
@@ -112,6 +112,19 @@ def _read_raster(stream: BinaryIO, enough: int | None) -> tuple[Luminance, bool]
                 "truncated", "the image is cut off: copy or export it again"
             ) from exc
         raise UnreadableImage("corrupt", "the image is damaged: copy or export it again") from exc
+
+
+def _halved(film: ImageFile.ImageFile, content: bytes, enough: int | None) -> Luminance | None:
+    """Return a JPEG without the detail that can be spared; None where that cannot be had."""
+    halvings = spare_halvings(film.width, film.height, enough)
+    if film.format != "JPEG" or halvings == 0:
+        return None
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as smaller:
+            smaller.draft(None, (max(1, film.width >> halvings), max(1, film.height >> halvings)))
+            return _grey(smaller, content)
+    except (UnreadableImage, *DECODER_ERRORS):  # lossless JPEG has but one size, say
+        return None
 
 
 def _pixel_bytes(film: ImageFile.ImageFile) -> int:

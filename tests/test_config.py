@@ -40,6 +40,7 @@ def test_every_problem_is_in_one_message(tmp_path: Path) -> None:
         "batch_seconds = -1",
         "late_hours = -5",
         "late_hours = inf",
+        "late_hours = 1e11",
         "attempts = 2.9",
         'batch = "many"',
         f"batch = 1{'0' * 400}",

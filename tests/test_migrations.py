@@ -268,6 +268,17 @@ def unfinished():
     return {"at": datetime(2026, 1, 1, tzinfo=UTC), "what": "unfinished", "detail": {}}
 
 
+def test_a_good_backup_is_not_replaced_by_an_empty_database(tmp_path):
+    url, copy = f"sqlite:///{tmp_path / 'results.db'}", tmp_path / "copy.db"
+    database.upgrade(url)
+    database.backup(url, copy)
+    good = copy.read_bytes()
+    (tmp_path / "results.db").write_bytes(b"")
+    with pytest.raises(Misconfigured, match="nothing to back up"):
+        database.backup(url, copy)
+    assert copy.read_bytes() == good
+
+
 def test_a_backup_refuses_what_it_cannot_do(tmp_path):
     url = f"sqlite:///{tmp_path / 'results.db'}"
     with pytest.raises(Misconfigured, match="nothing to back up"):

@@ -451,6 +451,25 @@ def test_what_could_not_be_taken_needs_attention(
     assert [row.state for row in rows(site)] == ["done"]
 
 
+def test_a_claim_that_a_stop_cut_off_is_no_trouble(
+    site: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    film(site.inbox_dir / "hand.png", 1)
+    watching = Daemon(site)
+    claim = Custody.claim
+
+    def stopped(custody: Custody, candidate):
+        watching.stop()
+        return claim(custody, candidate)
+
+    with monkeypatch.context() as fault, caplog.at_level(logging.INFO, logger="mura_batch"):
+        fault.setattr(Custody, "claim", stopped)
+        assert watching.run().untaken == 0
+    assert "could not be claimed" not in caplog.text
+    assert "stopping" in caplog.text
+    assert [row.state for row in run(site)] == ["done"]
+
+
 def test_what_was_taken_and_cannot_be_read_needs_attention(
     site: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

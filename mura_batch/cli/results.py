@@ -111,11 +111,18 @@ def filters(given: dict[str, Any]) -> Filters:
 @click.option("--images", is_flag=True, help="One row a view.")
 @click.option("--history", is_flag=True, help="Superseded revisions too.")
 @click.option("--limit", type=click.IntRange(1, 10**12), help="Rows at most.")
-@click.option("--json", "form", flag_value="json", help="One JSON array.")
-@click.option("--csv", "form", flag_value="csv", help="CSV with a header.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+@click.option("--csv", "as_csv", is_flag=True, help="CSV with a header.")
 @click.pass_context
 def query(
-    ctx: click.Context, /, images: bool, history: bool, limit: int | None, form: str, **given: Any
+    ctx: click.Context,
+    /,
+    images: bool,
+    history: bool,
+    limit: int | None,
+    as_json: bool,
+    as_csv: bool,
+    **given: Any,
 ) -> None:
     """Show results: a row per study and area.
 
@@ -128,13 +135,15 @@ def query(
 
     from mura_batch.results import Results
 
+    if as_json and as_csv:
+        raise click.UsageError("one of --json and --csv")
     chosen = replace(filters(given), history=history, limit=limit)
     cli.notice()
     with Results.open(cli.settings(ctx).database_url) as results:
         rows = results.images(chosen) if images else results.query(chosen)
-        if form == "json":
+        if as_json:
             _print_json(rows)
-        elif form == "csv":
+        elif as_csv:
             _print_csv(rows, images=images)
         else:
             names = _HISTORY_COLUMNS if history else _STUDY_COLUMNS

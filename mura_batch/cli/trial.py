@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -46,10 +47,22 @@ def demo(ctx: click.Context) -> None:
     )
 
 
+class _Named(click.Path):
+    """A path that was given; an empty one, of a variable without a value, is not the folder."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        if not os.fspath(value):
+            self.fail("a path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command()
-@click.argument(
-    "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(path_type=Path)
-)
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=_Named(path_type=Path))
 @click.option("--area", type=AREA, help="Score everything as this area.")
 @click.option("--weights", metavar="FILE|DIGEST", help="Use these weights (with --area).")
 @click.option("--threshold", type=SHARE, help="Decide at this threshold.")
