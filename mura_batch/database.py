@@ -98,8 +98,9 @@ def backup(url: str, file: Path) -> None:
     source = engines.sqlite_file(engines.parse_url(url))
     if source is None:
         raise Misconfigured("This is a PostgreSQL database: back it up with pg_dump.")
-    if current(url) is None:
-        raise Misconfigured(f"No results database at {source}: nothing to back up.")
+    nothing = Misconfigured(f"No results database at {source}: nothing to back up.")
+    if not source.exists():
+        raise nothing
     if not file.absolute().parent.is_dir():
         raise Misconfigured(f"{file.absolute().parent}: no such folder; make it first.")
     if file.exists() and file.samefile(source):
@@ -116,6 +117,8 @@ def backup(url: str, file: Path) -> None:
             copied.execute("PRAGMA journal_mode = DELETE")  # one file, without a -wal beside it
             if (verdict := copied.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(" ".join(verdict.split()))
+            if copied.execute("PRAGMA table_info(alembic_version)").fetchone() is None:
+                raise nothing
 
     try:
         write_atomic(file, copy)

@@ -216,6 +216,7 @@ def test_a_backup_is_whole_while_the_daemon_writes(tmp_path):
     file = tmp_path / "results.db"
     url = f"sqlite:///{file}"
     database.upgrade(url)
+    (tmp_path / "backups").mkdir()
     with Store.open(url) as store:
         record(store, folder("hand", "a"))
         finish(store)

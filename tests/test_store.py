@@ -822,7 +822,7 @@ def test_what_is_missing_or_no_database_says_what_to_do(tmp_path):
         with pytest.raises(Misconfigured, match="sqlite:///FILE or postgresql"):
             opened.open("mysql://u:secret@h/db")
     assert not (tmp_path / "none.db").exists()
-    with pytest.raises(Misconfigured, match="cannot be read") as refused:
+    with pytest.raises(Misconfigured, match="cannot be opened") as refused:
         Results.open("postgresql://u:secret@/db?host=/nowhere")
     assert "secret" not in str(refused.value)
 
