@@ -28,8 +28,8 @@ class Preprocessing:
             widens it to a square first, with black outside the film.
         mean, std: per RGB channel, on a 0–1 scale.
         decode: ``reduced`` lets JPEG and grey JPEG 2000 be decoded at a half, a quarter or an
-            eighth of their size, down to a longer side of :attr:`enough` where the network sees
-            half of it or more: much faster, and not quite the same pixels.
+            eighth of their size, down to a longer side of :attr:`enough`, where the network sees
+            most of the film: much faster, and not quite the same pixels.
     """
 
     size: int = 224
@@ -41,8 +41,8 @@ class Preprocessing:
 
     @property
     def enough(self) -> int | None:
-        """Pixels of a film's longer side that will do, four times the network's; None for all."""
-        return 4 * self.size if self.decode == "reduced" else None
+        """Pixels of a film's longer side that will do, twice the network's; None for all."""
+        return 2 * self.size if self.decode == "reduced" else None
 
 
 @dataclass(frozen=True, slots=True)
