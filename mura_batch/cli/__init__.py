@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 done but studies need at
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -146,5 +147,8 @@ def main() -> None:
     # products here are small: they gain nothing from several threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Imports make objects by the hundred thousand and hardly any garbage: looking through them
+    # after every 700 was a sixth of the time of `query`.
+    gc.set_threshold(20_000, 20, 20)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and tidy up
     program(prog_name="mura-batch")
