@@ -407,7 +407,8 @@ def _smaller(
         return None
     try:
         with Image.open(io.BytesIO(packed), formats=("JPEG2000",)) as film:
-            film.reduce = halvings  # type: ignore[assignment,method-assign]  # the plugin's own name
+            # The plugin keeps the number of halvings under a name that its base has for a method.
+            film.reduce = halvings  # type: ignore[assignment,method-assign]
             scaled = np.asarray(film)
     except (*DECODER_ERRORS, Image.DecompressionBombError):  # fewer levels than halvings, say
         return None

@@ -12,6 +12,14 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 STUDY_UID = "2.25.1001"
 SOP_UID = "2.25.1002"
+SYNTAXES = {
+    "implicit": "1.2.840.10008.1.2",
+    "explicit": "1.2.840.10008.1.2.1",
+    "deflated": "1.2.840.10008.1.2.1.99",
+    "rle": "1.2.840.10008.1.2.5",
+    "jpeg_ls": "1.2.840.10008.1.2.4.80",
+    "jpeg_2000": "1.2.840.10008.1.2.4.90",
+}
 
 
 def dataset(pixels: np.ndarray | None, **elements: Any) -> Dataset:
@@ -62,3 +70,16 @@ def write(
     made.file_meta.TransferSyntaxUID = syntax
     dcmwrite(path, made, enforce_file_format=True)
     return path
+
+
+def windowed(value: np.ndarray, center: float, width: float) -> np.ndarray:
+    """The pseudocode of PS3.3 C.11.2.1.2.1, line by line."""
+    shown = np.empty(value.shape)
+    for at, x in np.ndenumerate(value):
+        if x <= center - 0.5 - (width - 1) / 2:
+            shown[at] = 0
+        elif x > center - 0.5 + (width - 1) / 2:
+            shown[at] = 255
+        else:
+            shown[at] = ((x - (center - 0.5)) / (width - 1) + 0.5) * 255
+    return np.rint(shown)

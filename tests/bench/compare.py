@@ -36,7 +36,7 @@ CALM = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}  # as mura_ba
 def main() -> None:
     """Run both in turns and print the ratios."""
     if not CALM.items() <= os.environ.items():  # threads are counted when numpy is imported
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | CALM)  # noqa: S606
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | CALM)  # noqa: S606 - itself
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--films", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
