@@ -15,7 +15,8 @@ Research use only, not a medical device. The way of a study through the modules:
     assessment  views' areas and scores → what is said of the study; outcome: as the ledger keeps it
     overlay     evidence map → picture
     store       the ledger and the results: intake (claims → studies), worklist (what is asked),
-                revisions (scores → results), results (what is read); schema, engine, migrations/
+                revisions (scores → results), lookup; schema, engine, migrations/
+    results     what people read: query, export, status; in SQL text, through reader
 
 ``pipeline`` joins these, ``daemon`` gives it threads and a clock, ``cli`` gives it flags.
 For notebooks there are the names below.

@@ -14,7 +14,8 @@ from sqlalchemy import Connection, inspect
 from mura_batch import engine as engines
 from mura_batch.atomic import write_atomic
 from mura_batch.errors import Misconfigured, Transient
-from mura_batch.schema import REVISION, metadata
+from mura_batch.reader import BUSY_SECONDS, REVISION
+from mura_batch.schema import metadata
 
 
 def migrations_folder() -> Path:
@@ -110,7 +111,7 @@ def backup(url: str, file: Path) -> None:
         # SQLite writes by name into the very file that write_atomic has open and will fsync.
         uri = f"{source.absolute().as_uri()}?mode=ro"
         with (
-            closing(sqlite3.connect(uri, uri=True, timeout=engines.BUSY_SECONDS)) as original,
+            closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as original,
             closing(sqlite3.connect(stream.name)) as copied,
         ):
             original.backup(copied)

@@ -43,7 +43,8 @@ from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.errors import Misconfigured, MuraError
 from mura_batch.inbox import Wakeup
 from mura_batch.lock import is_watched
-from mura_batch.schema import REVISION, files, views
+from mura_batch.reader import REVISION
+from mura_batch.schema import files, views
 from mura_batch.weights import WeightsStore
 
 MOUNTS = Path("/proc/mounts")

@@ -6,11 +6,9 @@ lock at ``BEGIN IMMEDIATE``, PostgreSQL an advisory lock. Readers never wait.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL, Engine, make_url
@@ -22,10 +20,20 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 
-from mura_batch.errors import Misconfigured, Transient
-from mura_batch.schema import REVISION
+from mura_batch.errors import Misconfigured
+from mura_batch.reader import (
+    Ask,
+    Values,
+    for_sqlite,
+    refuse_damage,
+    refuse_other_revision,
+    refuse_silence,
+    said,
+    sqlite_connection,
+    sqlite_revision,
+)
 
-BUSY_SECONDS = 30.0
+_STREAM = 1000  # rows fetched at a time: memory stays flat however long the answer is
 _WRITE_LOCK = 0x6D757261  # "mura": one number for all programs that share a PostgreSQL database
 
 
@@ -36,8 +44,8 @@ def open_engine(url: str, *, read_only: bool) -> Engine:
         Misconfigured: not a SQLite file or PostgreSQL URL, or psycopg is not installed.
     """
     parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        engine = create_engine(parsed, creator=lambda: _sqlite(parsed, read_only=read_only))
+    if (file := sqlite_file(parsed)) is not None:
+        engine = create_engine(parsed, creator=lambda: sqlite_connection(file, read_only=read_only))
     else:
         engine = _postgres(parsed, read_only=read_only)
     event.listen(engine, "begin", _begin)
@@ -107,24 +115,7 @@ def check_revision(engine: Engine) -> None:
     Raises:
         Misconfigured: with the command that fixes it.
     """
-    found = revision(engine)
-    if found == REVISION:
-        return
-    name = shown(engine.url)
-    if found is None:
-        raise Misconfigured(
-            f"No results database at {name}: run `mura-batch init`, or for the"
-            " database alone `mura-batch db upgrade`."
-        )
-    if found > REVISION:
-        raise Misconfigured(
-            f"The database {name} is of revision {found}, newer than this program knows"
-            f" ({REVISION}): install the newer mura-batch."
-        )
-    raise Misconfigured(
-        f"The database {name} is of revision {found}, this program needs {REVISION}:"
-        " run `mura-batch db upgrade`."
-    )
+    refuse_other_revision(revision(engine), shown(engine.url))
 
 
 def revision(engine: Engine) -> str | None:
@@ -133,30 +124,53 @@ def revision(engine: Engine) -> str | None:
     Raises:
         Misconfigured: the file is no database, or the server cannot be reached.
     """
-    file = sqlite_file(engine.url)
-    if file is not None and not file.exists():
-        return None
+    if (file := sqlite_file(engine.url)) is not None:
+        return sqlite_revision(file)
     try:
         with engine.connect() as connection:
             if not engine.dialect.has_table(connection, "alembic_version"):
                 return None
             found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
             return None if found is None else str(found)
-    except OperationalError as exc:
-        raise Misconfigured(
-            f"The database {shown(engine.url)} cannot be opened ({_said(exc)}): check `database` in"
-            " config.toml, its server, and that this user may write to the file and its folder."
-        ) from exc
     except DatabaseError as exc:
         raise Misconfigured(
-            f"The database {shown(engine.url)} cannot be read ({_said(exc)}): check `database` in"
-            " config.toml, or restore a backup."
+            f"The database {shown(engine.url)} cannot be opened ({said(exc.orig)}): check"
+            " `database` in config.toml, its server, and what this user may do there."
         ) from exc
 
 
-def _said(error: DatabaseError) -> str:
-    """Return the driver's words as one line."""
-    return " ".join(str(error.orig).split())
+class EngineReader:
+    """What an engine leads to; see :class:`reader.Reader`.
+
+    Raises:
+        Misconfigured: it is missing, unreadable, or of another revision.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        try:
+            check_revision(engine)
+        except Misconfigured:
+            engine.dispose()
+            raise
+
+    @contextmanager
+    def reading(self) -> Iterator[Ask]:
+        """Give a way to ask; see :class:`reader.Reader`."""
+        with reading(self._engine) as connection, ExitStack() as answers:
+            streaming = connection.execution_options(yield_per=_STREAM)
+            yield lambda sql, values: answers.enter_context(
+                streaming.execute(text(sql), driver_values(connection, values))
+            )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+
+def driver_values(connection: Connection, values: Values) -> dict[str, object]:
+    """Return values for SQL text as the database's driver takes them."""
+    return for_sqlite(values) if connection.dialect.name == "sqlite" else dict(values)
 
 
 @contextmanager
@@ -164,31 +178,13 @@ def _guarded() -> Iterator[None]:
     try:
         yield
     except OperationalError as exc:
-        raise Transient(f"The results database does not answer ({_said(exc)}); try again.") from exc
+        refuse_silence(exc.orig or exc)
     except DatabaseError as exc:
         # Damage comes as the class itself (SQLite) or as an internal error (PostgreSQL); the other
         # subclasses are of the program's own making.
         if not isinstance(exc, InternalError) and type(exc) is not DatabaseError:
             raise
-        raise Misconfigured(
-            f"The results database is damaged ({_said(exc)}): restore a backup."
-        ) from exc
-
-
-def _sqlite(url: URL, *, read_only: bool) -> sqlite3.Connection:
-    mode = "ro" if read_only else "rwc"
-    connection = sqlite3.connect(
-        f"file:{quote(str(url.database))}?mode={mode}",
-        uri=True,
-        timeout=BUSY_SECONDS,
-        isolation_level=None,  # transactions begin where the begin event says so, DDL included
-        check_same_thread=False,
-    )
-    if not read_only:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-    return connection
+        refuse_damage(exc.orig or exc)
 
 
 def _postgres(url: URL, *, read_only: bool) -> Engine:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mura_batch.area import Area, Source
 from mura_batch.config import NOTICE
-from mura_batch.study import Kind
+
+if TYPE_CHECKING:
+    from mura_batch.study import Kind  # with what reads files: nothing that a query waits for
 
 Json = dict[str, Any]
 Evidence = list[dict[str, str]]

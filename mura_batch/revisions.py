@@ -13,8 +13,8 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from mura_batch.errors import Misconfigured
+from mura_batch.lookup import AMONG, Latest, among, chunks, latest_results
 from mura_batch.records import NewResult, ReadingOutcome, StudyOutcome
-from mura_batch.results import AMONG, Latest, among, chunks, latest_results
 from mura_batch.schema import readings, results, views, weights
 
 _SHOWN = select(readings.c.study_id, readings.c.area, readings.c.id, readings.c.result_id).where(

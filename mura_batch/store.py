@@ -12,24 +12,27 @@ from collections import ChainMap, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import Self
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    TextClause,
     and_,
     bindparam,
     insert,
     or_,
     select,
+    text,
     update,
 )
 from sqlalchemy.engine import Engine
 
 from mura_batch.area import Area
-from mura_batch.engine import reading, writing
+from mura_batch.engine import EngineReader, driver_values, open_engine, reading, writing
 from mura_batch.errors import Misconfigured
 from mura_batch.intake import Intake, Ledger
+from mura_batch.lookup import AMONG, among, chunks, resolve, stored_studies
 from mura_batch.records import (
     ClaimRecord,
     Filters,
@@ -44,16 +47,7 @@ from mura_batch.records import (
     StudyOutcome,
     Work,
 )
-from mura_batch.results import (
-    AMONG,
-    Results,
-    among,
-    chunks,
-    conditions,
-    is_stale,
-    resolve,
-    stored_studies,
-)
+from mura_batch.results import Results, active_values, conditions, filter_values, is_stale
 from mura_batch.revisions import Placed, Revisions
 from mura_batch.schema import files, labels, readings, results, studies
 from mura_batch.worklist import asked_of, fail, log, log_all, queue, settle
@@ -81,17 +75,26 @@ _SOUND = update(files).where(files.c.study_id.in_(AMONG), files.c.problem != "")
 
 
 class Store(Results):
-    """The writer; answers everything that :class:`Results` does. Thread-safe.
+    """The writer, and what it looks up; answers everything that :class:`Results` does. Thread-safe.
 
     Every method raises Transient where the database does not answer; nothing was changed then.
     """
 
-    _READ_ONLY: ClassVar = False
-
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+        super().__init__(EngineReader(engine))
+        self._engine = engine
         self._lock = threading.RLock()
         self._ledger: Ledger | None = None
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """Open the database at a SQLAlchemy URL for reading and writing.
+
+        Raises:
+            Misconfigured: it is missing, unreadable, or of another revision; the message names
+                the command that fixes it.
+        """
+        return cls(open_engine(url, read_only=False))
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -170,6 +173,33 @@ class Store(Results):
         )
         with reading(self._engine) as connection:
             return stored_studies(connection, connection.execute(wanted).scalars())
+
+    # ---- studies by their ids
+
+    def resolve(self, study: str) -> str:
+        """Return the id that ``study`` is, or is the only beginning of.
+
+        Raises:
+            Misconfigured: no study or several.
+        """
+        with reading(self._engine) as connection:
+            return resolve(connection, study)
+
+    def study(self, study_id: str) -> StoredStudy:
+        """Return a study with its files and readings.
+
+        Raises:
+            Misconfigured: there is no such study.
+        """
+        found = self.studies([study_id])
+        if not found:
+            raise Misconfigured(f"No study {study_id!r}: see `mura-batch query`.")
+        return found[0]
+
+    def studies(self, ids: Iterable[str]) -> list[StoredStudy]:
+        """Return those of the studies that are stored, in the order of ``ids``."""
+        with reading(self._engine) as connection:
+            return stored_studies(connection, ids)
 
     # ---- the queue
 
@@ -371,20 +401,22 @@ def _note_problems(connection: Connection, outcomes: Sequence[StudyOutcome]) -> 
 
 def _chosen(connection: Connection, which: Rerun, named: list[str]) -> list[str]:
     tables = readings.join(studies).outerjoin(results, results.c.id == readings.c.result_id)
-    filters = which.filters
-    wanted = conditions(filters) if filters else []
+    filters = which.filters or Filters()
+    stale = which.stale or {}
+    wanted: list[ColumnElement[bool] | TextClause] = [text(one) for one in conditions(filters)]
     if which.studies:
         wanted.append(studies.c.id.in_(named))
-    either: list[ColumnElement[bool]] = []
+    either: list[ColumnElement[bool] | TextClause] = []
     if which.failed:
-        either += [and_(readings.c.state == State.FAILED, studies.c.work == Work.SETTLED)]
+        either.append(and_(readings.c.state == State.FAILED, studies.c.work == Work.SETTLED))
     if which.stale is not None:
-        either.append(is_stale(which.stale))
+        either.append(text(is_stale(stale)))
     if either:
         wanted.append(or_(*either))
     chosen = select(studies.c.id).select_from(tables).where(*wanted).group_by(studies.c.id)
-    ordered = chosen.order_by(studies.c.id).limit(filters.limit if filters else None)
-    return list(connection.execute(ordered).scalars())
+    values = driver_values(connection, filter_values(filters) | active_values(stale))
+    ordered = chosen.order_by(studies.c.id).limit(filters.limit)
+    return list(connection.execute(ordered, values).scalars())
 
 
 def _with_files(connection: Connection, ids: Sequence[str]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, insert, select, update
 
 from mura_batch.errors import Misconfigured
+from mura_batch.lookup import AMONG, among, chunks
 from mura_batch.records import Json, State, Work
-from mura_batch.results import AMONG, among, chunks
 from mura_batch.schema import events, readings, studies
 
 _ASKED = select(

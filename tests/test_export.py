@@ -140,7 +140,7 @@ def test_an_export_that_fails_leaves_the_old_file(stored, tmp_path, ending):
     file = tmp_path / f"out.{ending}"
     file.write_text("old")
     with pytest.raises(OSError, match="disk"):
-        export(Broken(stored._engine), file, Filters())
+        export(Broken(stored._reader), file, Filters())
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -160,7 +160,7 @@ def test_memory_does_not_grow_with_the_rows(stored, tmp_path, monkeypatch, endin
     monkeypatch.setattr("mura_batch.export._GROUP", 200)
     peaks = []
     for count in (2000, 20_000):  # enough for the collector to have come in both
-        many = Many(stored._engine)
+        many = Many(stored._reader)
         many.count = count
         tracemalloc.start()
         assert export(many, tmp_path / f"out.{ending}", Filters(decision="negative")) == count

@@ -24,6 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from mura_batch import database, schema
 from mura_batch.engine import open_engine, writing
 from mura_batch.errors import Misconfigured, Transient
+from mura_batch.reader import REVISION
 from mura_batch.results import Results
 from mura_batch.store import Store
 
@@ -44,7 +45,7 @@ def url(request, tmp_path):
 
 
 def test_the_newest_migration_is_the_one_that_the_program_asks_for():
-    assert REVISIONS[-1] == schema.REVISION
+    assert REVISIONS[-1] == REVISION
 
 
 def test_models_and_migrations_agree(url):
@@ -71,7 +72,7 @@ def test_every_revision_upgrades_a_database_with_data_in_it(url, start):
 
     database.upgrade(url)
 
-    assert database.current(url) == schema.REVISION
+    assert database.current(url) == REVISION
     assert database.check(url) == []
     engine = open_engine(url, read_only=True)
     with engine.connect() as connection:
@@ -170,7 +171,7 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(url, tmp_path, mon
     monkeypatch.setattr(database, "REVISION", "9999")
     with pytest.raises(Exception, match="nowhere"):
         database.upgrade(url)
-    assert database.current(url) == schema.REVISION
+    assert database.current(url) == REVISION
     engine = open_engine(url, read_only=True)
     with engine.connect() as connection:
         assert not engine.dialect.has_table(connection, "half")
@@ -195,7 +196,7 @@ def test_migrations_are_found_inside_the_package_of_a_wheel(tmp_path):
         text=True,
         check=True,
     )
-    assert found.stdout.split() == [str(package / "migrations"), schema.REVISION]
+    assert found.stdout.split() == [str(package / "migrations"), REVISION]
 
 
 def test_check_names_damage(tmp_path):

@@ -1,0 +1,188 @@
+"""Reading the database in SQL text; SQLite by Python's own driver.
+
+A ``query`` is a process that has to answer at once, and to import SQLAlchemy takes longer than all
+else that it does. What is open for writing, and PostgreSQL, are read in the same text through
+``engine.EngineReader``.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+from urllib.parse import quote
+
+from mura_batch.errors import Misconfigured, Transient
+
+REVISION = "0002"  # newest in migrations/versions; a test holds that they agree
+BUSY_SECONDS = 30.0
+
+Values = Mapping[str, object]
+Ask = Callable[[str, Values], Iterable[Any]]  # a statement, and what its `:names` stand for
+
+
+class Reader(Protocol):
+    """A database open for reading. Thread-safe."""
+
+    def reading(self) -> AbstractContextManager[Ask]:
+        """Give a way to ask, in a transaction that sees one moment of the database.
+
+        Raises:
+            Transient: the database does not answer.
+            Misconfigured: the database is damaged.
+        """
+
+    def close(self) -> None:
+        """Let the database go."""
+
+
+class SqliteReader:
+    """A SQLite file.
+
+    Raises:
+        Misconfigured: it is missing, unreadable, or of another revision.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        refuse_other_revision(sqlite_revision(file), f"sqlite:///{file}")
+
+    @contextmanager
+    def reading(self) -> Iterator[Ask]:
+        """Give a way to ask; see :class:`Reader`."""
+        try:
+            with closing(sqlite_connection(self._file, read_only=True)) as connection:
+                connection.execute("BEGIN")
+                yield lambda sql, values: connection.execute(sql, for_sqlite(values))
+        except sqlite3.OperationalError as exc:
+            refuse_silence(exc)
+        except sqlite3.DatabaseError as exc:
+            if type(exc) is not sqlite3.DatabaseError:  # a subclass: this program's own making
+                raise
+            refuse_damage(exc)
+
+    def close(self) -> None:
+        """Nothing is held between two readings."""
+
+
+def sqlite_path(url: str) -> Path | None:
+    """Return the file of a plain ``sqlite:///FILE``, None for what SQLAlchemy has to make out."""
+    file = url.removeprefix("sqlite:///")
+    plain = file not in {url, "", ":memory:"} and "?" not in file
+    return Path(file) if plain else None
+
+
+def sqlite_connection(file: Path, *, read_only: bool) -> sqlite3.Connection:
+    """Open a SQLite file; transactions begin where a statement says so."""
+    connection = sqlite3.connect(
+        f"file:{quote(str(file))}?mode={'ro' if read_only else 'rwc'}",
+        uri=True,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,  # DDL included
+        check_same_thread=False,
+    )
+    if not read_only:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    return connection
+
+
+def sqlite_revision(file: Path) -> str | None:
+    """Return a SQLite file's migration revision, None where there is no database yet.
+
+    Raises:
+        Misconfigured: the file is no database, or cannot be opened.
+    """
+    if not file.exists():
+        return None
+    try:
+        with closing(sqlite_connection(file, read_only=True)) as connection:
+            if connection.execute("PRAGMA table_info(alembic_version)").fetchone() is None:
+                return None
+            found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            return str(found[0]) if found else None
+    except sqlite3.OperationalError as exc:
+        raise Misconfigured(
+            f"The database {file} cannot be opened ({said(exc)}): check `database` in config.toml,"
+            " and that this user may write to the file and its folder."
+        ) from exc
+    except sqlite3.DatabaseError as exc:
+        raise Misconfigured(
+            f"The database {file} cannot be read ({said(exc)}): check `database` in config.toml,"
+            " or restore a backup."
+        ) from exc
+
+
+def refuse_other_revision(found: str | None, name: str) -> None:
+    """Refuse a database that is missing or not of this program's revision.
+
+    Raises:
+        Misconfigured: with the command that fixes it.
+    """
+    if found == REVISION:
+        return
+    if found is None:
+        raise Misconfigured(
+            f"No results database at {name}: run `mura-batch init`, or for the"
+            " database alone `mura-batch db upgrade`."
+        )
+    if found > REVISION:
+        raise Misconfigured(
+            f"The database {name} is of revision {found}, newer than this program knows"
+            f" ({REVISION}): install the newer mura-batch."
+        )
+    raise Misconfigured(
+        f"The database {name} is of revision {found}, this program needs {REVISION}:"
+        " run `mura-batch db upgrade`."
+    )
+
+
+def refuse_silence(error: Exception) -> NoReturn:
+    """Raise Transient for a driver's error."""
+    raise Transient(f"The results database does not answer ({said(error)}); try again.") from error
+
+
+def refuse_damage(error: Exception) -> NoReturn:
+    """Raise Misconfigured for a driver's error."""
+    raise Misconfigured(
+        f"The results database is damaged ({said(error)}): restore a backup."
+    ) from error
+
+
+def said(error: object) -> str:
+    """Return a driver's words as one line."""
+    return " ".join(str(error).split())
+
+
+# ---- values
+
+
+def for_sqlite(values: Values) -> dict[str, object]:
+    """Return values as SQLite keeps them: moments as naive text in UTC."""
+    return {
+        name: _naive(value) if isinstance(value, datetime) else value
+        for name, value in values.items()
+    }
+
+
+def _naive(at: datetime) -> str:
+    return at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+
+
+def moment(stored: str | datetime | None) -> datetime | None:
+    """Return a moment that was read, aware and in UTC."""
+    if stored is None:
+        return None
+    if isinstance(stored, str):
+        return datetime.fromisoformat(stored).replace(tzinfo=UTC)
+    return stored.astimezone(UTC)
+
+
+def json_value(stored: Any) -> Any:
+    """Return a JSON value that was read; SQLite gives its text."""
+    return json.loads(stored) if isinstance(stored, str) else stored
