@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import itertools
+import shutil
 from pathlib import Path
 
 import pytest
+from postgres_server import database as postgres_database
+
+from mura_batch import database
+from mura_batch.store import Store
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -14,3 +20,42 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the large data set (../shared/data) is not here: nothing to test against")
     return SHARED
+
+
+# ---- databases
+
+_names = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory):
+    file = tmp_path_factory.mktemp("template") / "results.db"
+    database.upgrade(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def new_url(request, tmp_path_factory):
+    """Call it for the URL of a fresh database."""
+    if request.param == "sqlite":
+        template = request.getfixturevalue("sqlite_template")
+
+        def fresh():
+            file = tmp_path_factory.mktemp("fresh") / "results.db"
+            shutil.copy(template, file)
+            return f"sqlite:///{file}"
+
+        return fresh
+    database.upgrade(postgres_database("template_store"))
+    return lambda: postgres_database(f"store{next(_names)}", "template_store")
+
+
+@pytest.fixture
+def url(new_url):
+    return new_url()
+
+
+@pytest.fixture
+def store(url):
+    with Store.open(url) as opened:
+        yield opened

@@ -1,11 +1,10 @@
-"""The ledger on both databases: identity, revisions, replay, the queue, and what is refused."""
+"""The ledger on both databases: identity, revisions, replay, the queue."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
 from ledger import (
     NOON,
     archived,
@@ -40,7 +32,6 @@ from ledger import (
     take,
     waiting,
 )
-from postgres_server import database as postgres_database
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import DatabaseError
 
@@ -52,58 +43,22 @@ from mura_batch.records import (
     ClaimedFile,
     FileProblem,
     Filters,
-    LabelRow,
     Move,
     Place,
     Rerun,
     State,
-    ViewOutcome,
     Work,
 )
-from mura_batch.results import Results
-from mura_batch.schema import events, files, results, studies, views
+from mura_batch.schema import events, results, views
 from mura_batch.store import Store
 from mura_batch.study import Kind, content_digest
-
-_names = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def sqlite_template(tmp_path_factory):
-    file = tmp_path_factory.mktemp("template") / "results.db"
-    database.upgrade(f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def new_url(request, tmp_path_factory):
-    """Call it for the URL of a fresh database."""
-    if request.param == "sqlite":
-        template = request.getfixturevalue("sqlite_template")
-
-        def fresh():
-            file = tmp_path_factory.mktemp("fresh") / "results.db"
-            shutil.copy(template, file)
-            return f"sqlite:///{file}"
-
-        return fresh
-    database.upgrade(postgres_database("template_store"))
-    return lambda: postgres_database(f"store{next(_names)}", "template_store")
-
-
-@pytest.fixture
-def url(new_url):
-    return new_url()
-
-
-@pytest.fixture
-def store(url):
-    with Store.open(url) as opened:
-        yield opened
 
 
 def rows(store, **filters):
     return list(store.query(Filters(**filters)))
+
+
+_examples = itertools.count(1)
 
 
 # ---- which study a claim belongs to
@@ -219,7 +174,7 @@ def test_claims_recorded_together_become_what_they_become_one_by_one(new_url):
         @settings(max_examples=40, deadline=None)
         @given(drawn=claims_of_a_group)
         def compared(drawn):
-            example = f"example{next(_names)}"
+            example = f"example{next(_examples)}"
 
             def arrived(kind, key, contents, hours):
                 named = [f"{example}{content}" for content in sorted(contents)]
@@ -618,341 +573,3 @@ def test_content_that_was_replaced_in_the_inbox_is_no_part_of_the_study_any_more
     assert study.digest == content_digest([sha("b"), sha("new")])
     assert store.seen("hand/a.png", 11, 2_000, 7)
     assert not store.seen("hand/a.png", 10, 1_000, 7)
-
-
-# ---- rerun, ids, labels
-
-
-def test_rerun_needs_to_be_told_what(store):
-    for nothing in (Rerun(), Rerun(filters=Filters())):
-        with pytest.raises(Misconfigured, match="Say which studies"):
-            store.rerun(nothing)
-
-
-def test_rerun_of_a_study_whose_scored_files_are_deleted_is_refused_whatever_is_left(store):
-    study = record(store, folder("hand", "good", "junk"))
-    finish(store, problems=(FileProblem(sha("junk"), "empty", "no picture"),))
-    for file in store.study(study.study_id).files:
-        place = Place.QUARANTINE if file.problem else Place.DELETED
-        store.moved(Move(file.claim, place, (file.name,)))
-    with pytest.raises(Misconfigured, match="deleted: drop them in again"):
-        store.rerun(Rerun(studies=(study.study_id,)))
-    assert store.rerun(Rerun(filters=Filters(state=State.DONE))) == []
-    record(store, folder("hand", "late", hours=1))
-    finish(store, done(), waiting(State.NEEDS_AREA))
-    assert store.rerun(Rerun(studies=(study.study_id,)), Area.XR_HAND) == [study.study_id]
-
-
-def test_rerun_of_deleted_files_is_refused_by_name_and_passed_over_by_filter(store):
-    for name in "ab":
-        record(store, folder(name, name))
-    gone = finish(store)
-    kept = finish(store)
-    store.moved(Move(gone.files[0].claim, Place.DELETED, (gone.files[0].name,)))
-    with pytest.raises(Misconfigured, match="deleted"):
-        store.rerun(Rerun(studies=(gone.id,)))
-    assert store.rerun(Rerun(filters=Filters(state=State.DONE))) == [kept.id]
-
-
-def test_stale_are_results_of_other_weights_than_the_active_ones(store):
-    for name, weights in (("a", "aa"), ("b", "bb")):
-        record(store, folder(name, name))
-        finish(store, done(result=new_result(weights)))
-    active = {Area.XR_HAND: "bb" * 32}
-    assert store.stale(active) == 1
-    assert store.stale({Area.XR_WRIST: "cc"}) == 0
-    (stale,) = store.rerun(Rerun(stale=active))
-    assert store.study(stale).key == "a"
-
-
-def test_more_studies_than_a_statement_can_bind_are_rerun_at_once(store, monkeypatch):
-    monkeypatch.setattr("mura_batch.lookup._BOUND", 2)
-    for number in range(3):
-        record(store, folder(f"f{number}", str(number)))
-        finish(store)
-    assert len(store.rerun(Rerun(filters=Filters(state=State.DONE)))) == 3
-    assert store.counts(NOON).queued == 3
-
-
-def test_ids_are_taken_by_their_unique_beginning(store):
-    ids = sorted(record(store, folder(f"f{n}", str(n))).study_id for n in range(20))
-    assert store.resolve(ids[0]) == ids[0]
-    assert store.resolve(ids[0][:11]) == ids[0]
-    common = next(a[:1] for a, b in itertools.pairwise(ids) if a[0] == b[0])
-    with pytest.raises(Misconfigured, match="several"):
-        store.resolve(common)
-    for unknown in ("ffffffffffff0", "%", "", "x"):
-        with pytest.raises(Misconfigured):
-            store.resolve(unknown)
-
-
-def test_labels_are_stored_all_or_none_and_the_last_word_counts(store):
-    study = record(store, folder("hand", "a")).study_id
-    with pytest.raises(Misconfigured, match="nothere"):
-        store.set_labels([LabelRow(study, "positive"), LabelRow("nothere", "negative")])
-    assert list(store.labels()) == []
-    store.set_labels([LabelRow(study[:6], "positive"), LabelRow(study, "negative", Area.XR_HAND)])
-    store.set_labels([LabelRow(study, "negative", at=NOON)])
-    assert list(store.labels()) == [
-        LabelRow(study, "negative", None, "person", NOON),
-        next(row for row in store.labels() if row.area is Area.XR_HAND),
-    ]
-    assert [e.what for e in store.events(study)].count("label") == 3
-
-
-# ---- reading
-
-
-FIELDS = ["study", "digest", "revision", "state", "area", "area_source", "logit", "probability"]
-FIELDS += ["calibrated", "decision", "threshold", "operating_point", "target", "views"]
-FIELDS += ["views_failed", "weights", "study_uid", "accession", "source", "received_at"]
-FIELDS += ["scored_at", "reason", "notice"]
-
-
-def test_a_row_has_the_promised_fields_in_their_order(store):
-    record(store, folder("hand", "a"))
-    finish(store)
-    row = rows(store)[0].to_dict()
-    assert list(row) == FIELDS
-    assert row["received_at"] == "2026-11-20T12:00:00+00:00"
-    assert row["notice"] == "research use only, not a medical device"
-    assert row["area_source"] == "folder"
-    (image,) = store.images()
-    added = ["image", "overlay", "error"]
-    assert list(image.to_dict()) == FIELDS + added
-
-
-@pytest.fixture(scope="module")
-def filled(new_url):
-    """a: hand, 0.9, weights aa; b: wrist, 0.2, weights bb, a bad view; c: bad; d: queued."""
-    with Store.open(new_url()) as store:
-        for hours, name in enumerate("abcd"):
-            record(store, folder(name, name, f"{name}2", hours=hours))
-        finish(store, done(result=new_result(probability=0.9)))
-        seen = (
-            ViewOutcome(sha("b"), 0, "b/b.png", logit=-1.4, probability=0.2, overlay="o/1.png"),
-            ViewOutcome(sha("b2"), 0, "b/b2.png", error_code="truncated", error="it ends early"),
-        )
-        finish(store, done(Area.XR_WRIST, new_result("bb", 0.2, seen)))
-        problem = FileProblem(sha("c"), "bomb", "too many pixels")
-        finish(store, waiting(State.QUARANTINED, None, "bomb"), problems=(problem,))
-        yield store
-
-
-@pytest.mark.parametrize(
-    ("filters", "expected"),
-    [
-        ({}, "dcba"),
-        ({"limit": 2}, "dc"),
-        ({"area": Area.XR_HAND}, "a"),
-        ({"state": State.DONE}, "ba"),
-        ({"state": State.QUEUED}, "d"),
-        ({"state": State.QUARANTINED}, "c"),
-        ({"decision": "positive"}, "a"),
-        ({"since": NOON + timedelta(hours=1)}, "dcb"),
-        ({"until": NOON + timedelta(hours=1)}, "a"),
-        ({"min_probability": 0.2}, "ba"),
-        ({"max_probability": 0.5}, "b"),
-        ({"min_probability": 0.21, "max_probability": 0.89}, ""),
-        ({"weights": "bb"}, "b"),
-        ({"weights": "%"}, ""),
-        ({"reason": "bomb"}, "c"),
-        ({"study": "nothing"}, ""),
-        ({"history": True, "state": State.DONE}, "ba"),
-    ],
-)
-def test_every_filter_chooses(filled, filters, expected):
-    assert "".join(row.source for row in filled.query(Filters(**filters))) == expected
-
-
-def test_images_have_a_row_a_view_and_a_row_a_file_where_nothing_was_scored(filled):
-    def images(**filters):
-        return [(i.image, i.probability, i.error) for i in filled.images(Filters(**filters))]
-
-    assert images(area=Area.XR_WRIST) == [
-        ("b/b.png", 0.2, None),
-        ("b/b2.png", None, "truncated: it ends early"),
-    ]
-    assert images(state=State.QUARANTINED) == [
-        ("c/c.png", None, "bomb: too many pixels"),
-        ("c/c2.png", None, None),
-    ]
-    assert images(reason="truncated") == [("b/b2.png", None, "truncated: it ends early")]
-    assert images(max_probability=0.5) == [("b/b.png", 0.2, None)]
-    assert len(images(history=True)) == 7
-    (view,) = filled.images(Filters(max_probability=0.5))
-    assert view.study.views_failed == 1
-    assert view.to_dict()["overlay"] == "o/1.png"
-
-
-def test_counts_are_those_of_status(filled):
-    counts = filled.counts(NOON)
-    assert dict(counts.states) == {State.DONE: 2, State.QUARANTINED: 1, State.QUEUED: 1}
-    assert (counts.studies, counts.queued, counts.running) == (4, 1, 0)
-    assert counts.oldest == NOON + timedelta(hours=3)
-    assert (counts.results, counts.views) == (2, 3)
-    assert counts.last_scored_at == NOON + timedelta(hours=1)
-    assert filled.counts(NOON + timedelta(hours=2)).results == 0
-
-
-def test_readers_do_not_wait_for_a_writer(store, url):
-    record(store, folder("hand", "a"))
-    with Results.open(url) as reader, store._write() as writer:
-        writer.execute(update(studies).values(accession="unfinished"))
-        assert [row.accession for row in reader.query()] == [None]
-
-
-def test_a_reader_cannot_write(url):
-    change = "DELETE FROM files" if url.startswith("sqlite") else "SELECT 1 FROM files FOR UPDATE"
-    with (
-        Results.open(url) as reader,
-        pytest.raises(Exception, match="read.?only|cannot execute"),
-        reader._reader.reading() as ask,
-    ):
-        list(ask(change, {}))
-
-
-def test_what_is_missing_or_no_database_says_what_to_do(tmp_path):
-    missing = f"sqlite:///{tmp_path / 'none.db'}"
-    (tmp_path / "text.db").write_text("this is no database, whatever its name says" * 99)
-    for opened in (Results, Store):
-        with pytest.raises(Misconfigured, match="mura-batch db upgrade"):
-            opened.open(missing)
-        with pytest.raises(Misconfigured, match="not a database"):
-            opened.open(f"sqlite:///{tmp_path / 'text.db'}")
-        with pytest.raises(Misconfigured, match="sqlite:///FILE or postgresql"):
-            opened.open("mysql://u:secret@h/db")
-    assert not (tmp_path / "none.db").exists()
-    with pytest.raises(Misconfigured, match="cannot be opened") as refused:
-        Results.open("postgresql://u:secret@/db?host=/nowhere")
-    assert "secret" not in str(refused.value)
-
-
-def test_reading_imports_nothing_heavy():
-    script = "import sys, mura_batch.results; print(*sys.modules, sep='\\n')"
-    found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    heavy = {"torch", "numpy", "pandas", "pyarrow", "alembic", "pydicom", "sqlalchemy", "PIL"}
-    assert heavy & set(found.stdout.split()) == set()
-
-
-# ---- laws
-
-
-class Ledger(RuleBasedStateMachine):
-    """Any order of arrivals, passes, kills and reruns."""
-
-    claims = Bundle("claims")
-
-    def __init__(self):
-        super().__init__()
-        self.store = Store.open(Ledger.url)
-        with writing(self.store._engine) as writer:
-            for trigger in ("results", "views", "events"):
-                writer.exec_driver_sql(f"DROP TRIGGER IF EXISTS {trigger}_no_delete")
-            for table in reversed(results.metadata.sorted_tables):
-                writer.execute(delete(table))
-        self.files = {}
-        self.keys = {}
-        self.running = {}
-
-    url = ""
-
-    def teardown(self):
-        self.store._engine.dispose()
-
-    @rule(
-        target=claims,
-        key=st.sampled_from(["p1/hand", "p2/hand"]),
-        contents=st.sets(st.sampled_from("abcd"), min_size=1, max_size=3),
-        hours=st.sampled_from([0, 10, 40]),
-    )
-    def arrive(self, key, contents, hours):
-        made = folder(key, *sorted(contents), hours=hours)
-        recorded = record(self.store, made)
-        assert recorded.outcome != "replayed"
-        self.files |= {(made.id, f"{key}/{c}.png"): recorded.study_id for c in contents}
-        return made
-
-    @rule(made=claims)
-    def replay(self, made):
-        assert record(self.store, made).outcome == "replayed"
-
-    @rule()
-    def begin(self):
-        for study in self.store.take(2, NOON + timedelta(days=9)):
-            self.running[study.id] = study
-
-    @rule(
-        area=st.sampled_from([Area.XR_HAND, Area.XR_WRIST]), weights=st.sampled_from(["aa", "bb"])
-    )
-    def end(self, area, weights):
-        if not self.running:
-            return
-        study = self.running.pop(min(self.running))
-        asked = self.store.study(study.id)
-        self.store.commit(outcome(study, done(area, new_result(weights))))
-        key = (study.digest, area, weights)
-        again = study.rerun and asked.request == study.request
-        self.keys[key] = self.keys.get(key, 0) + 1 if again else max(1, self.keys.get(key, 0))
-        settled = self.store.study(study.id).work is Work.SETTLED
-        assert settled == (asked.request == study.request)
-
-    @rule()
-    def kill(self):
-        self.running.clear()
-        self.store.recover(10**6)
-
-    @rule()
-    def rerun(self):
-        self.store.rerun(Rerun(filters=Filters(state=State.DONE)))
-
-    @invariant()
-    def every_file_is_recorded_once(self):
-        with self.store._engine.connect() as connection:
-            columns = select(files.c.claim, files.c.raw_name, files.c.study_id)
-            found = [(c, os.fsdecode(n), s) for c, n, s in connection.execute(columns)]
-        assert sorted(found) == sorted((*file, study) for file, study in self.files.items())
-
-    @invariant()
-    def a_key_has_a_row_for_its_first_pass_and_each_rerun(self):
-        with self.store._engine.connect() as connection:
-            columns = (results.c.digest, results.c.area, results.c.weights)
-            counted = select(*columns, func.count()).group_by(*columns)
-            found = {(d, a, w[:2]): n for d, a, w, n in connection.execute(counted)}
-        assert found == self.keys
-
-    @invariant()
-    def revisions_count_up_along_what_they_supersede(self):
-        named = set()
-        with self.store._engine.connect() as connection:
-            columns = (results.c.id, results.c.study_id, results.c.revision, results.c.supersedes)
-            found = {row[0]: row for row in connection.execute(select(*columns))}
-        for _, study, revision, supersedes in found.values():
-            if supersedes is None:
-                assert revision == 1
-                continue
-            assert found[supersedes][2] < revision
-            assert found[supersedes][1] == study or revision > 1
-            assert supersedes not in named or found[supersedes][1] != study
-            named.add(supersedes)
-
-    @invariant()
-    def every_study_has_a_row(self):
-        shown = {row.study for row in self.store.query()}
-        assert shown == set(self.files.values())
-
-
-def test_any_order_of_events_keeps_the_laws(tmp_path, sqlite_template):
-    shutil.copy(sqlite_template, tmp_path / "results.db")
-    Ledger.url = f"sqlite:///{tmp_path / 'results.db'}"
-    run_state_machine_as_test(
-        Ledger,
-        settings=settings(
-            max_examples=10,
-            stateful_step_count=12,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
