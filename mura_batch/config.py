@@ -15,6 +15,7 @@ import platformdirs
 
 from mura_batch.area import Area, AreaRules
 from mura_batch.errors import Misconfigured
+from mura_batch.reader import sqlite_url
 
 PREFIX = "MURA_BATCH_"
 NOTICE = "research use only, not a medical device"
@@ -110,7 +111,7 @@ class Settings:
     @property
     def database_url(self) -> str:
         """SQLAlchemy URL of the results."""
-        return self.database or f"sqlite:///{self.home / 'results.db'}"
+        return self.database or sqlite_url(self.home / "results.db")
 
 
 def default_home() -> Path:
@@ -125,6 +126,8 @@ def load(home: Path, environment: Mapping[str, str]) -> Settings:
         Misconfigured: unknown names or wrong values, all of them in one message.
     """
     home = home.expanduser().absolute()
+    if not _is_utf8(home):
+        raise Misconfigured(f"{os.fsencode(home)!r} is not UTF-8: name another home")
     problems: list[str] = []
     given = _from_file(home / "config.toml", problems)
     fields = {f.name: f for f in dataclasses.fields(Settings) if "doc" in f.metadata}
@@ -242,6 +245,14 @@ def _overlaps(settings: Settings) -> list[str]:
         for place in own
         if inbox.is_relative_to(_real(place)) or _real(place).is_relative_to(inbox)
     ]
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _real(path: Path) -> Path:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, inspect
 from mura_batch import engine as engines
 from mura_batch.atomic import write_atomic
 from mura_batch.errors import Misconfigured, Transient
-from mura_batch.reader import BUSY_SECONDS, REVISION
+from mura_batch.reader import BUSY_SECONDS, REVISION, sqlite_path
 from mura_batch.schema import metadata
 
 
@@ -40,7 +40,7 @@ def upgrade(url: str, revision: str = "head") -> None:
         Misconfigured: it cannot be reached, is no database, or is newer than this program.
         Transient: another program is writing.
     """
-    file = engines.sqlite_file(engines.parse_url(url))
+    file = sqlite_path(url)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
     engine = engines.open_engine(url, read_only=False)
@@ -96,7 +96,7 @@ def backup(url: str, file: Path) -> None:
             it is a PostgreSQL one (``pg_dump`` does that better).
         Transient: the database does not answer, or the disk is full.
     """
-    source = engines.sqlite_file(engines.parse_url(url))
+    source = sqlite_path(url)
     if source is None:
         raise Misconfigured("This is a PostgreSQL database: back it up with pg_dump.")
     nothing = Misconfigured(f"No results database at {source}: nothing to back up.")

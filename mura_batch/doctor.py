@@ -43,7 +43,7 @@ from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.errors import Misconfigured, MuraError
 from mura_batch.inbox import Wakeup
 from mura_batch.lock import is_watched
-from mura_batch.reader import REVISION
+from mura_batch.reader import REVISION, sqlite_path
 from mura_batch.schema import files, views
 from mura_batch.weights import WeightsStore
 
@@ -189,7 +189,7 @@ def _file_systems(settings: Settings) -> Iterator[Finding]:
             what=f"The inbox lies on a network share ({inbox.kind}), whose changes cause no"
             ' events: set watch = "polling" in config.toml.',
         )
-    database_file = engines.sqlite_file(engines.parse_url(settings.database_url))
+    database_file = sqlite_path(settings.database_url)
     if database_file is not None and (share := mount_of(database_file, table)).remote:
         yield Finding(
             ok=False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL, Engine, make_url
@@ -24,12 +25,14 @@ from mura_batch.errors import Misconfigured
 from mura_batch.reader import (
     Ask,
     Values,
+    damaged,
     for_sqlite,
-    refuse_damage,
+    in_utc,
     refuse_other_revision,
-    refuse_silence,
     said,
+    silent,
     sqlite_connection,
+    sqlite_path,
     sqlite_revision,
 )
 
@@ -43,43 +46,25 @@ def open_engine(url: str, *, read_only: bool) -> Engine:
     Raises:
         Misconfigured: not a SQLite file or PostgreSQL URL, or psycopg is not installed.
     """
-    parsed = parse_url(url)
-    if (file := sqlite_file(parsed)) is not None:
-        engine = create_engine(parsed, creator=lambda: sqlite_connection(file, read_only=read_only))
+    if (file := sqlite_path(url)) is not None:
+        engine = create_engine(
+            URL.create("sqlite", database=str(file)),
+            creator=lambda: sqlite_connection(file, read_only=read_only),
+        )
     else:
-        engine = _postgres(parsed, read_only=read_only)
+        engine = _postgres(url, read_only=read_only)
     event.listen(engine, "begin", _begin)
     return engine
 
 
-def parse_url(url: str) -> URL:
-    """Return the URL with its driver named.
-
-    Raises:
-        Misconfigured: another database than a SQLite file or PostgreSQL.
-    """
-    try:
-        parsed = make_url(url)
-        backend = parsed.get_backend_name()
-    except (ArgumentError, NoSuchModuleError) as exc:
-        raise Misconfigured("`database` is no SQLAlchemy URL; see config.toml.") from exc
-    if backend == "sqlite" and parsed.database not in {None, "", ":memory:"}:
-        return parsed.set(drivername="sqlite")
-    if backend == "postgresql":
-        return parsed.set(drivername="postgresql+psycopg")
-    raise Misconfigured(
-        f"`database` is {shown(parsed)}: use sqlite:///FILE or postgresql://… in config.toml."
-    )
+def name_of(engine: Engine) -> str:
+    """Return the file of a SQLite database, or the URL without its password."""
+    file = _file_of(engine)
+    return engine.url.render_as_string(hide_password=True) if file is None else str(file)
 
 
-def shown(url: URL) -> str:
-    """Return the URL without its password."""
-    return url.render_as_string(hide_password=True)
-
-
-def sqlite_file(url: URL) -> Path | None:
-    """Return the file of a SQLite URL, None for PostgreSQL."""
-    return Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
+def _file_of(engine: Engine) -> Path | None:
+    return Path(str(engine.url.database)) if engine.dialect.name == "sqlite" else None
 
 
 @contextmanager
@@ -115,7 +100,7 @@ def check_revision(engine: Engine) -> None:
     Raises:
         Misconfigured: with the command that fixes it.
     """
-    refuse_other_revision(revision(engine), shown(engine.url))
+    refuse_other_revision(revision(engine), name_of(engine))
 
 
 def revision(engine: Engine) -> str | None:
@@ -124,7 +109,7 @@ def revision(engine: Engine) -> str | None:
     Raises:
         Misconfigured: the file is no database, or the server cannot be reached.
     """
-    if (file := sqlite_file(engine.url)) is not None:
+    if (file := _file_of(engine)) is not None:
         return sqlite_revision(file)
     try:
         with engine.connect() as connection:
@@ -134,7 +119,7 @@ def revision(engine: Engine) -> str | None:
             return None if found is None else str(found)
     except DatabaseError as exc:
         raise Misconfigured(
-            f"The database {shown(engine.url)} cannot be opened ({said(exc.orig)}): check"
+            f"The database {name_of(engine)} cannot be opened ({said(exc.orig)}): check"
             " `database` in config.toml, its server, and what this user may do there."
         ) from exc
 
@@ -155,12 +140,14 @@ class EngineReader:
             raise
 
     @contextmanager
-    def reading(self) -> Iterator[Ask]:
+    def reading(self, *, stream: bool = False) -> Iterator[Ask]:
         """Give a way to ask; see :class:`reader.Reader`."""
+        options: dict[str, Any] = {"yield_per": _STREAM} if stream else {}
         with reading(self._engine) as connection, ExitStack() as answers:
-            streaming = connection.execution_options(yield_per=_STREAM)
             yield lambda sql, values: answers.enter_context(
-                streaming.execute(text(sql), driver_values(connection, values))
+                connection.execute(
+                    text(sql), driver_values(connection, values), execution_options=options
+                )
             )
 
     def close(self) -> None:
@@ -170,7 +157,7 @@ class EngineReader:
 
 def driver_values(connection: Connection, values: Values) -> dict[str, object]:
     """Return values for SQL text as the database's driver takes them."""
-    return for_sqlite(values) if connection.dialect.name == "sqlite" else dict(values)
+    return for_sqlite(values) if connection.dialect.name == "sqlite" else in_utc(values)
 
 
 @contextmanager
@@ -178,18 +165,28 @@ def _guarded() -> Iterator[None]:
     try:
         yield
     except OperationalError as exc:
-        refuse_silence(exc.orig or exc)
+        raise silent(exc.orig or exc) from exc
     except DatabaseError as exc:
         # Damage comes as the class itself (SQLite) or as an internal error (PostgreSQL); the other
         # subclasses are of the program's own making.
         if not isinstance(exc, InternalError) and type(exc) is not DatabaseError:
             raise
-        refuse_damage(exc.orig or exc)
+        raise damaged(exc.orig or exc) from exc
 
 
-def _postgres(url: URL, *, read_only: bool) -> Engine:
+def _postgres(url: str, *, read_only: bool) -> Engine:
     try:
-        engine = create_engine(url, pool_pre_ping=True)
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError, ValueError) as exc:
+        raise Misconfigured("`database` is no SQLAlchemy URL; see config.toml.") from exc
+    if backend != "postgresql":
+        raise Misconfigured(
+            f"`database` is {parsed.render_as_string(hide_password=True)}: use sqlite:///FILE or"
+            " postgresql://… in config.toml."
+        )
+    try:
+        engine = create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
     except ModuleNotFoundError as exc:
         raise Misconfigured(
             "A PostgreSQL database needs psycopg: pip install 'mura-batch[postgres]'."

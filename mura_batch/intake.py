@@ -19,8 +19,9 @@ from typing import Any
 from sqlalchemy import CompoundSelect, Connection, and_, func, insert, select, union, update
 
 from mura_batch.lookup import AMONG, among
+from mura_batch.reader import clean
 from mura_batch.records import ClaimedFile, ClaimRecord, Json, Place, Recorded, State, Work
-from mura_batch.schema import clean, files, readings, studies
+from mura_batch.schema import files, readings, studies
 from mura_batch.study import Kind, content_digest, masked
 from mura_batch.worklist import asked_of, log, log_all, queue
 

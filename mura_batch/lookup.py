@@ -7,13 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
-from sqlalchemy import BindParameter, Connection, Row, bindparam, select, text
+from sqlalchemy import BindParameter, Connection, Row, bindparam, select
 from sqlalchemy.sql.selectable import TypedReturnsRows
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured
 from mura_batch.records import Place, State, StoredFile, StoredReading, StoredStudy, Work
-from mura_batch.results import begins_with, start_values
+from mura_batch.results import HEX
 from mura_batch.schema import files, readings, results, studies
 
 _BOUND = 500  # values in one IN (…)
@@ -68,9 +68,10 @@ def resolve(connection: Connection, study: str) -> str:
     Raises:
         Misconfigured: no study or several.
     """
-    begins = text(begins_with("studies.id", "study", study))
-    wanted = select(studies.c.id).where(begins).order_by(studies.c.id).limit(4)
-    found = list(connection.execute(wanted, start_values(study=study)).scalars())
+    wanted = select(studies.c.id).where(studies.c.id >= study, studies.c.id < study + "g")
+    found: list[str] = []
+    if HEX.fullmatch(study):
+        found += connection.execute(wanted.order_by(studies.c.id).limit(4)).scalars()
     if study in found or len(found) == 1:
         return study if study in found else found[0]
     if not found:

@@ -8,13 +8,14 @@ else that it does. What is open for writing, and PostgreSQL, are read in the sam
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
-from urllib.parse import quote
+from typing import Any, Protocol
+from urllib.parse import quote, unquote
 
 from mura_batch.errors import Misconfigured, Transient
 
@@ -22,14 +23,17 @@ REVISION = "0002"  # newest in migrations/versions; a test holds that they agree
 BUSY_SECONDS = 30.0
 
 Values = Mapping[str, object]
-Ask = Callable[[str, Values], Iterable[Any]]  # a statement, and what its `:names` stand for
+Ask = Callable[[str, Values], Iterable[Any]]
+"""Run a statement with what its ``:names`` stand for; rows are tuples, in the columns' order."""
 
 
 class Reader(Protocol):
     """A database open for reading. Thread-safe."""
 
-    def reading(self) -> AbstractContextManager[Ask]:
+    def reading(self, *, stream: bool = False) -> AbstractContextManager[Ask]:
         """Give a way to ask, in a transaction that sees one moment of the database.
+
+        Answers end with it. With ``stream`` memory stays flat however long they are.
 
         Raises:
             Transient: the database does not answer.
@@ -45,41 +49,50 @@ class SqliteReader:
 
     Raises:
         Misconfigured: it is missing, unreadable, or of another revision.
+        Transient: another program has locked it.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        refuse_other_revision(sqlite_revision(file), f"sqlite:///{file}")
+        refuse_other_revision(sqlite_revision(file), str(file))
 
     @contextmanager
-    def reading(self) -> Iterator[Ask]:
+    def reading(self, *, stream: bool = False) -> Iterator[Ask]:
         """Give a way to ask; see :class:`Reader`."""
+        del stream  # SQLite always does
         try:
             with closing(sqlite_connection(self._file, read_only=True)) as connection:
                 connection.execute("BEGIN")
                 yield lambda sql, values: connection.execute(sql, for_sqlite(values))
         except sqlite3.OperationalError as exc:
-            refuse_silence(exc)
+            raise silent(exc) from exc
         except sqlite3.DatabaseError as exc:
             if type(exc) is not sqlite3.DatabaseError:  # a subclass: this program's own making
                 raise
-            refuse_damage(exc)
+            raise damaged(exc) from exc
 
     def close(self) -> None:
         """Nothing is held between two readings."""
 
 
+_SQLITE = re.compile(r"sqlite(?:\+pysqlite)?:///([^?]+)")
+
+
 def sqlite_path(url: str) -> Path | None:
-    """Return the file of a plain ``sqlite:///FILE``, None for what SQLAlchemy has to make out."""
-    file = url.removeprefix("sqlite:///")
-    plain = file not in {url, "", ":memory:"} and "?" not in file
-    return Path(file) if plain else None
+    """Return the file of ``sqlite:///FILE`` (percent-encoded), None for other URLs."""
+    found = _SQLITE.fullmatch(url)
+    return None if found is None or found[1] == ":memory:" else Path(unquote(found[1]))
+
+
+def sqlite_url(file: Path) -> str:
+    """Return the URL of a SQLite file."""
+    return f"sqlite:///{quote(str(file))}"
 
 
 def sqlite_connection(file: Path, *, read_only: bool) -> sqlite3.Connection:
     """Open a SQLite file; transactions begin where a statement says so."""
     connection = sqlite3.connect(
-        f"file:{quote(str(file))}?mode={'ro' if read_only else 'rwc'}",
+        f"file://{quote(str(file.absolute()))}?mode={'ro' if read_only else 'rwc'}",
         uri=True,
         timeout=BUSY_SECONDS,
         isolation_level=None,  # DDL included
@@ -97,6 +110,7 @@ def sqlite_revision(file: Path) -> str | None:
 
     Raises:
         Misconfigured: the file is no database, or cannot be opened.
+        Transient: another program has locked it.
     """
     if not file.exists():
         return None
@@ -107,6 +121,8 @@ def sqlite_revision(file: Path) -> str | None:
             found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
             return str(found[0]) if found else None
     except sqlite3.OperationalError as exc:
+        if exc.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise silent(exc) from exc
         raise Misconfigured(
             f"The database {file} cannot be opened ({said(exc)}): check `database` in config.toml,"
             " and that this user may write to the file and its folder."
@@ -142,16 +158,14 @@ def refuse_other_revision(found: str | None, name: str) -> None:
     )
 
 
-def refuse_silence(error: Exception) -> NoReturn:
-    """Raise Transient for a driver's error."""
-    raise Transient(f"The results database does not answer ({said(error)}); try again.") from error
+def silent(error: Exception) -> Transient:
+    """Return what to raise for a driver's error that may pass."""
+    return Transient(f"The results database does not answer ({said(error)}); try again.")
 
 
-def refuse_damage(error: Exception) -> NoReturn:
-    """Raise Misconfigured for a driver's error."""
-    raise Misconfigured(
-        f"The results database is damaged ({said(error)}): restore a backup."
-    ) from error
+def damaged(error: Exception) -> Misconfigured:
+    """Return what to raise for a driver's error that will not."""
+    return Misconfigured(f"The results database is damaged ({said(error)}): restore a backup.")
 
 
 def said(error: object) -> str:
@@ -162,16 +176,30 @@ def said(error: object) -> str:
 # ---- values
 
 
+def in_utc(values: Values) -> dict[str, object]:
+    """Return values with their moments in UTC; ValueError for a naive one."""
+    return {name: _utc(v) if isinstance(v, datetime) else v for name, v in values.items()}
+
+
 def for_sqlite(values: Values) -> dict[str, object]:
     """Return values as SQLite keeps them: moments as naive text in UTC."""
     return {
-        name: _naive(value) if isinstance(value, datetime) else value
-        for name, value in values.items()
+        name: v.replace(tzinfo=None).isoformat(" ", "microseconds")
+        if isinstance(v, datetime)
+        else v
+        for name, v in in_utc(values).items()
     }
 
 
-def _naive(at: datetime) -> str:
-    return at.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+def _naive(utc: datetime) -> str:
+    return utc.replace(tzinfo=None).isoformat(" ", "microseconds")
+
+
+def _utc(at: datetime) -> datetime:
+    if at.tzinfo is None:
+        msg = f"naive time {at}"
+        raise ValueError(msg)
+    return at.astimezone(UTC)
 
 
 def moment(stored: str | datetime | None) -> datetime | None:
@@ -183,6 +211,12 @@ def moment(stored: str | datetime | None) -> datetime | None:
     return stored.astimezone(UTC)
 
 
-def json_value(stored: Any) -> Any:
-    """Return a JSON value that was read; SQLite gives its text."""
-    return json.loads(stored) if isinstance(stored, str) else stored
+def json_object(stored: Any) -> dict[str, Any]:
+    """Return a JSON object that was read; SQLite gives its text."""
+    found: dict[str, Any] = json.loads(stored) if isinstance(stored, str) else stored
+    return found
+
+
+def clean(text: str) -> str:
+    """Return the text with NUL and lone surrogates as backslash escapes; once is enough."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 from mura_batch.area import Area
-from mura_batch.reader import Reader, SqliteReader, json_value, moment, sqlite_path
+from mura_batch.reader import Reader, SqliteReader, clean, json_object, moment, sqlite_path
 from mura_batch.records import (
     STUDY_FIELDS,
     Counts,
@@ -30,7 +31,7 @@ from mura_batch.records import (
     Work,
 )
 
-_HEX = re.compile("[0-9a-f]+")
+HEX = re.compile("[0-9a-f]+")  # what ids and digests are written in
 _STUDY_COLUMNS = len(STUDY_FIELDS) - 1  # the notice is no column
 _MOMENTS = tuple(STUDY_FIELDS.index(name) for name in ("received_at", "scored_at"))
 _EVENTS = "SELECT at, study_id, what, detail FROM events WHERE study_id = :study ORDER BY id"
@@ -77,23 +78,24 @@ class Results:
         parts = [_select(_CURRENT, _CURRENT_TABLES, conditions(filters))]
         if filters.history:
             parts.append(_select(_SUPERSEDED, _SUPERSEDED_TABLES, _of_superseded(filters)))
-        for row in self._rows(parts, _ROW_ORDER, filters):
-            yield _study_row(row)
+        with closing(self._rows(parts, _ROW_ORDER, filters)) as rows:
+            yield from map(_study_row, rows)
 
     def images(self, filters: Filters = Filters()) -> Iterator[ImageRow]:  # noqa: B008 - frozen
         """Yield one row a view of the rows that :meth:`query` gives, in the same order.
 
         An area without a result has a row for each file of its study instead.
         """
-        for row in self._rows(_image_parts(filters), f"{_ROW_ORDER}, sort_view", filters):
-            first = _STUDY_COLUMNS + 1  # after the column that rows are sorted by
-            yield ImageRow(_study_row(row), *row[first : first + 5])
+        first = _STUDY_COLUMNS + 1  # after the column that rows are sorted by
+        with closing(self._rows(_image_parts(filters), _IMAGE_ORDER, filters)) as rows:
+            for row in rows:
+                yield ImageRow(_study_row(row), *row[first : first + 5])
 
     def events(self, study_id: str) -> list[EventRow]:
         """Return what happened to a study, oldest first."""
         with self._reader.reading() as ask:
             return [
-                EventRow(cast("datetime", moment(at)), study, what, json_value(detail))
+                EventRow(cast("datetime", moment(at)), study, what, json_object(detail))
                 for at, study, what, detail in ask(_EVENTS, {"study": study_id})
             ]
 
@@ -115,15 +117,15 @@ class Results:
             for doing, settled, count in ask(_UNDER_WAY, under_way):
                 states[State(settled)] -= count
                 states[State(doing)] += count
-            ((made, views),) = ask(_SCORED_SINCE, {"since": _aware(since)})
+            ((made, views),) = ask(_SCORED_SINCE, {"since": since})
             ((last,),) = ask("SELECT max(scored_at) FROM results", {})
-        waiting = [moment(work[doing][2]) for doing in (Work.QUEUED, Work.RUNNING) if doing in work]
+        waiting = [work[doing][2] for doing in (Work.QUEUED, Work.RUNNING) if doing in work]
         return Counts(
             states=+states,
             studies=sum(row[1] for row in work.values()),
             queued=work[Work.QUEUED][1] if Work.QUEUED in work else 0,
             running=work[Work.RUNNING][1] if Work.RUNNING in work else 0,
-            oldest=min(filter(None, waiting), default=None),
+            oldest=moment(min(waiting, default=None)),
             results=made,
             views=views,
             last_scored_at=moment(last),
@@ -138,12 +140,12 @@ class Results:
             )
         return int(count)
 
-    def _rows(self, parts: Sequence[str], order: str, filters: Filters) -> Iterator[Any]:
+    def _rows(self, parts: Sequence[str], order: str, filters: Filters) -> Generator[Sequence[Any]]:
         """Run the parts as one statement, in the rows' order."""
         together = " UNION ALL ".join(parts)
         sql = together if len(parts) == 1 else f"SELECT * FROM ({together}) AS parts"
         limit = "" if filters.limit is None else " LIMIT :limit"
-        with self._reader.reading() as ask:
+        with self._reader.reading(stream=True) as ask:
             yield from ask(f"{sql} ORDER BY {order}{limit}", filter_values(filters))
 
 
@@ -168,12 +170,13 @@ def conditions(filters: Filters, *, images: bool = False) -> list[str]:
 
 
 def filter_values(filters: Filters) -> dict[str, object]:
-    """Return the values that the conditions bind, by name; ValueError for a naive time."""
-    for given in (filters.since, filters.until):
-        if given is not None:
-            _aware(given)
-    values = {field.name: getattr(filters, field.name) for field in fields(filters)}
-    return values | start_values(study=filters.study or "", weights=filters.weights or "")
+    """Return the values that the conditions bind, by name."""
+    values: dict[str, object] = {f.name: getattr(filters, f.name) for f in fields(filters)}
+    for name in ("study", "weights"):
+        values[f"{name}_end"] = f"{values[name]}g"
+    if filters.reason is not None:
+        values["reason"] = clean(filters.reason)
+    return values
 
 
 def is_stale(active: Mapping[Area, str]) -> str:
@@ -181,28 +184,25 @@ def is_stale(active: Mapping[Area, str]) -> str:
 
     What it binds is :func:`active_values`.
     """
-    each = [f"results.area = '{area}' AND results.weights <> :active_{area}" for area in active]
+    each = [
+        f"results.area = :area_{n} AND results.weights <> :active_{n}" for n in range(len(active))
+    ]
     return f"({' OR '.join(each)})" if each else "FALSE"
 
 
 def active_values(active: Mapping[Area, str]) -> dict[str, str]:
-    """Return the digests that :func:`is_stale` binds, by name."""
-    return {f"active_{area}": digest for area, digest in active.items()}
+    """Return the areas and digests that :func:`is_stale` binds, by name."""
+    values: dict[str, str] = {}
+    for number, (area, digest) in enumerate(active.items()):
+        values |= {f"area_{number}": str(area), f"active_{number}": digest}
+    return values
 
 
-def begins_with(column: str, name: str, start: str) -> str:
-    """Hexadecimal text begins with ``start``, as a range that an index can serve.
-
-    What it binds is :func:`start_values`.
-    """
-    if not _HEX.fullmatch(start):
+def _begins(column: str, name: str, start: str) -> str:
+    """Hexadecimal text begins with ``start``, as a range that an index can serve."""
+    if not HEX.fullmatch(start):
         return "FALSE"
     return f"({column} >= :{name} AND {column} < :{name}_end)"
-
-
-def start_values(**starts: str) -> dict[str, str]:
-    """Return what :func:`begins_with` binds, by name."""
-    return starts | {f"{name}_end": f"{start}g" for name, start in starts.items()}
 
 
 def _of_superseded(filters: Filters, *, images: bool = False) -> list[str]:
@@ -220,13 +220,13 @@ def _of_both(table: str, filters: Filters, *, images: bool) -> list[str]:
     """What is asked alike of current rows (of ``readings``) and of superseded ``results``."""
     wanted = []
     if filters.study is not None:
-        wanted.append(begins_with(f"{table}.study_id", "study", filters.study))
+        wanted.append(_begins(f"{table}.study_id", "study", filters.study))
     if filters.area is not None:
         wanted.append(f"{table}.area = :area")
     if filters.decision is not None:
         wanted.append("results.decision = :decision")
     if filters.weights is not None:
-        wanted.append(begins_with("results.weights", "weights", filters.weights))
+        wanted.append(_begins("results.weights", "weights", filters.weights))
     return wanted if images else wanted + _probable("results.probability", filters)
 
 
@@ -246,13 +246,6 @@ def _probable(probability: str, filters: Filters) -> list[str]:
     if filters.max_probability is not None:
         wanted.append(f"{probability} <= :max_probability")
     return wanted
-
-
-def _aware(at: datetime) -> datetime:
-    if at.tzinfo is None:
-        msg = f"naive time {at}"
-        raise ValueError(msg)
-    return at
 
 
 # ---- the statements
@@ -322,6 +315,7 @@ def _study_row(row: Sequence[Any]) -> StudyRow:
 
 _SETTLED = f"studies.work = '{Work.SETTLED}'"
 _ROW_ORDER = "received_at DESC, study DESC, sort_area, revision DESC"
+_IMAGE_ORDER = f"{_ROW_ORDER}, sort_view"
 
 
 # Studies come last and by an outer join (each row has one): SQLite then looks them up only for

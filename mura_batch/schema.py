@@ -1,7 +1,7 @@
 """The tables, as typed SQLAlchemy Core: one definition for SQLite and PostgreSQL.
 
-Core and not the ORM: everything here is a handful of set-wise statements, rows leave as frozen
-records, and reading a result must not wait for a mapper to be imported. Migrations are in
+Core and not the ORM: everything here is a handful of set-wise statements, and rows leave as frozen
+records. Migrations are in
 ``migrations/``; a test holds that they and this module agree. Append-only are ``results``,
 ``views`` and ``events``: triggers (see the migrations) refuse UPDATE and DELETE there.
 """
@@ -31,6 +31,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
+
+from mura_batch.reader import clean
 
 metadata = MetaData(
     naming_convention={
@@ -74,11 +76,6 @@ class CleanText(TypeDecorator[str]):
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:  # noqa: ARG002 - the base's signature
         """Return the text cleaned."""
         return None if value is None else clean(value)
-
-
-def clean(text: str) -> str:
-    """Return the text with NUL and lone surrogates as backslash escapes; once is enough."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
