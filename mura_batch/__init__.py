@@ -7,7 +7,8 @@ Research use only, not a medical device. The way of a study through the modules:
     study       headers of the claimed files → views, content digest
     area        codes, tags, words, folder names → one of seven areas, with the evidence
     radiograph  PNG, JPEG, DICOM → luminance (dicom_file, dicom_pixels, dicom_grey, greyscale;
-                what files may claim: untrusted); preprocessing → network input
+                what files may claim: untrusted); network_input: what the network sees, by the
+                weights' preprocessing
     scoring     batches across studies, one warm network per set of weights
       network   DenseNet-121: one forward pass → logit and evidence map
       runtime   the network on torch or OpenVINO

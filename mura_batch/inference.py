@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mura_batch.area import Area
+from mura_batch.network_input import Box, Luminance, NetworkInput, prepare
 from mura_batch.overlay import Caption, render, thumbnail
-from mura_batch.preprocessing import Box, Luminance, NetworkInput, prepare
 from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.scoring import sigmoid

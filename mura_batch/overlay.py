@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
 from mura_batch.config import NOTICE
-from mura_batch.preprocessing import Box, Luminance
+from mura_batch.network_input import Box, Luminance
 from mura_batch.weights_card import Card
 
 LARGEST: Final = 640  # pixels of a film's longer side in its picture: larger films are reduced

@@ -33,9 +33,9 @@ from mura_batch.errors import (
     WeightsRefused,
 )
 from mura_batch.moves import MAX_BYTES, digest
+from mura_batch.network_input import Luminance
 from mura_batch.outcome import PartWork, Pass, Slot, part_work, study_outcome
 from mura_batch.overlay import Caption, Thumbnail, overlay_name, render, thumbnail, write_overlay
-from mura_batch.preprocessing import Luminance
 from mura_batch.radiograph import read_film
 from mura_batch.reasons import Reason, what_to_do
 from mura_batch.records import (

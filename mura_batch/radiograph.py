@@ -22,7 +22,8 @@ from mura_batch.greyscale import (
     stretched,
     strips,
 )
-from mura_batch.preprocessing import Luminance, NetworkInput, Preprocessing, prepare
+from mura_batch.network_input import Luminance, NetworkInput, prepare
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.untrusted import DECODER_ERRORS, check_size, hush, opened, size_of, sniff
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from mura_batch.config import Settings
 from mura_batch.errors import Misconfigured, MuraError, Rejected, Transient
-from mura_batch.preprocessing import Luminance
+from mura_batch.network_input import Luminance
 
 if TYPE_CHECKING:
     from mura_batch.runtime import Inference, Runtime

@@ -24,6 +24,7 @@ from mura_batch.weights import BUNDLED, OperatingPoint, WeightsStore, bundled_ca
 
 README = Path(__file__).parent.parent / "README.md"
 HEAVY = ("torch", "torchvision", "openvino", "pandas", "optuna", "matplotlib", "pyarrow")
+HEAVY += ("numpy", "PIL", "sqlalchemy")
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -17,7 +17,8 @@ from torchvision.models import densenet121
 
 from mura_batch.area import Area
 from mura_batch.network import Evidence, EvidenceNet, normalise
-from mura_batch.preprocessing import Preprocessing, prepare
+from mura_batch.network_input import prepare
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_luminance
 from mura_batch.weights import load_bundled
 

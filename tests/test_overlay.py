@@ -16,6 +16,7 @@ from PIL import Image
 
 from mura_batch.area import Area
 from mura_batch.config import NOTICE
+from mura_batch.network_input import Box, prepare
 from mura_batch.overlay import (
     _CANVAS,
     FIXED_BOUND,
@@ -31,7 +32,7 @@ from mura_batch.overlay import (
     thumbnail,
     write_overlay,
 )
-from mura_batch.preprocessing import Box, Preprocessing, prepare
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights_card import Card, OperatingPoint
 
 CARD = Card(

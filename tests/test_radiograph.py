@@ -25,7 +25,8 @@ from pydicom.sequence import Sequence
 from torchvision.transforms import Resize
 
 from mura_batch.errors import UnreadableImage
-from mura_batch.preprocessing import Preprocessing, prepare
+from mura_batch.network_input import prepare
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_luminance
 
 HERE = Path(__file__).parent
