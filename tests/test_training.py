@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,13 @@ from hypothesis import strategies as st
 from site_home import film
 
 from mura_batch.area import Area
-from mura_batch.errors import Misconfigured
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import read_card, read_network
-from training.dataset import read_fracatlas
-from training.evaluate import ExamScores, auc, cross_fitted_rates, fit_calibration, thresholds
+from training.calibration import cross_fitted_rates, fit_calibration, thresholds
 from training.fit import FitSettings, fit
+from training.metrics import Cases
 from training.publish import publish_bundled
+from training.sources import fracatlas
 
 TINY = FitSettings(
     preprocessing=Preprocessing(size=64, crop="foreground", fit="pad"),
@@ -42,6 +41,7 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
             film(root / "images" / name, number, size=96)
             exam = number // 2
             table.writerow([name, f"{exam:04}", "XR_HAND", int(exam % 3 == 0), exam % 2])
+        film(root / "images/IMG9.png", 98, size=96)
         table.writerow(["IMG9.png", "9999", "NONE", 0, 0])
     with (root / "other.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
@@ -52,16 +52,14 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_films_that_show_no_upper_limb_are_left_out(atlas: Path) -> None:
-    films = read_fracatlas(atlas)
+    films = fracatlas.read(atlas).films
     assert len(films) == 21
-    assert {f.fold for f in films if f.area == "XR_HAND"} == {0, 1}
-    assert [f.fold for f in films if f.area == "leg"] == [None]
-    with pytest.raises(Misconfigured, match=r"labels\.csv"):
-        read_fracatlas(atlas / "images")
+    assert {f.split for f in films if f.area == "XR_HAND"} == {"0", "1"}
+    assert [f.split for f in films if f.area == "leg"] == [""]
 
 
 def test_a_cut_off_run_goes_on_to_the_same_network(atlas: Path, tmp_path: Path) -> None:
-    films = read_fracatlas(atlas)
+    films = fracatlas.read(atlas).films
     fit(films, tmp_path / "whole", TINY)
     whole = torch.load(tmp_path / "whole/network.pt", weights_only=True)
 
@@ -83,20 +81,13 @@ def test_a_cut_off_run_goes_on_to_the_same_network(atlas: Path, tmp_path: Path) 
     shutil.rmtree(tmp_path / "whole")
 
 
-def scores(seed: int, count: int = 120) -> ExamScores:
+def scores(seed: int, count: int = 120) -> Cases:
     rng = np.random.default_rng(seed)
     labels = (rng.random(count) < 0.3).astype(np.int64)
     labels[:2] = (0, 1)
-    return ExamScores(rng.normal(labels * 1.5, 1.0), labels, ("XR_HAND",) * count)
-
-
-def test_auc_and_its_interval() -> None:
-    found = auc(scores(1))
-    assert found.low < found.value < found.high
-    assert found.value == pytest.approx(0.85, abs=0.08)
-    perfect = replace(scores(1), logits=scores(1).labels.astype(float))
-    assert auc(perfect).value == 1.0
-    assert auc(replace(scores(1), labels=np.zeros(120, np.int64))).value is None
+    logits = rng.normal(labels * 1.5, 1.0)
+    patients = tuple(str(number) for number in range(count))
+    return Cases(logits, 1 / (1 + np.exp(-logits)), labels, patients)
 
 
 @settings(max_examples=20, deadline=None)
@@ -111,7 +102,7 @@ def test_operating_points_reach_what_they_are_named_for(seed: int) -> None:
     assert abs(values.mean() - made.labels.mean()) < 0.02
 
 
-def test_rates_are_measured_on_exams_that_did_not_set_them() -> None:
+def test_rates_are_measured_on_patients_that_did_not_set_them() -> None:
     sensitivity, specificity = cross_fitted_rates(scores(3, 600))["balanced"]
     assert sensitivity.low < sensitivity.value < sensitivity.high
     assert 0.6 < sensitivity.value < 0.95

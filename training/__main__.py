@@ -1,19 +1,167 @@
-"""``python -m training``: fit a network and publish it with its cards."""
+"""``python -m training``: look at data, fit a network, publish it with its cards."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from training.dataset import read_fracatlas
+from mura_batch.area import Area
+from mura_batch.config import NOTICE
+from mura_batch.errors import MuraError
+from training.sources import fracatlas, read
+
+if TYPE_CHECKING:
+    from training.data_report import DataReport, Group
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
+_FOUND = click.Path(exists=True, path_type=Path)
+_AREA = click.Choice(tuple(Area), case_sensitive=False)
+_MOST_SHOWN = 10
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def training() -> None:
     """Train networks from labelled radiographs. Research use only, not a medical device."""
+
+
+@training.group()
+def data() -> None:
+    """Look at labelled radiographs before training.
+
+    \b
+    python -m training data report MURA-v1.1
+    """
+
+
+@data.command("report")
+@click.argument("path", type=_FOUND)
+@click.option("--labels", type=_FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
+@click.option("--json", "as_json", is_flag=True, help="All findings, as one JSON object.")
+def data_report(path: Path, labels: Path | None, *, as_json: bool) -> None:
+    """Report what PATH holds: counts, contradictions, duplicates, unreadable films.
+
+    PATH is the folder of MURA or FracAtlas, a manifest (.csv or .parquet with image, study,
+    patient, area, label), a folder of DICOM with --labels, or a home with stored labels.
+
+    \b
+    python -m training data report MURA-v1.1
+    python -m training data report export --labels labels.csv
+    """
+    from training.data_report import survey  # noqa: PLC0415 - SciPy only where it is needed
+
+    click.echo(NOTICE, err=True)
+    found = survey(read(path, labels))
+    if as_json:
+        click.echo(found.to_json())
+    else:
+        _show(found)
+
+
+def _show(found: DataReport) -> None:
+    """Print a report's tables, and the beginnings of its lists."""
+    _table(
+        ("split", "area", "patients", "studies", f"not {found.target}", found.target, "images"),
+        [
+            (
+                c.split or "-",
+                c.area,
+                c.patients,
+                c.studies,
+                c.negative,
+                c.positive,
+                c.images,
+            )
+            for c in found.counts
+        ],
+    )
+    for split in sorted({count.split for count in found.counts}):
+        of_split = [count for count in found.counts if count.split == split]
+        several = found.several_areas.get(split, 0)
+        click.echo(
+            f"{split or 'no split'}: {sum(c.studies for c in of_split)} studies,"
+            f" {sum(c.images for c in of_split)} images, {several} patients in more than one area"
+        )
+    click.echo("\nquantiles (0, 5, 50, 95, 100 %)")
+    _table(("", "least", "", "median", "", "most"), [(n, *q) for n, q in found.quantiles.items()])
+    told = ", ".join(f"{count} {word}" for word, count in sorted(found.hardware.items()))
+    click.echo(f"\nhardware or cast: {told}")
+    _some("unusable rows", found.problems)
+    _some("unreadable films", found.unreadable)
+    for exact, name in ((True, "groups of one content"), (False, "groups that look alike")):
+        groups = [group for group in found.duplicates if group.exact is exact]
+        across = sorted((group for group in groups if group.across), key=_graver)
+        click.echo(
+            f"\n{name}: {len(groups)}, {len(across)} of them across splits, patients or labels"
+        )
+        for group in across[:_MOST_SHOWN]:
+            click.echo(f"  {', '.join(group.films)} ({', '.join(group.across)})")
+
+
+def _graver(group: Group) -> tuple[bool, bool]:
+    """Sort groups across splits and labels before those that are only of several patients."""
+    return "splits" not in group.across, "labels" not in group.across
+
+
+def _some(name: str, lines: tuple[str, ...]) -> None:
+    click.echo(f"\n{name}: {len(lines)}")
+    for line in lines[:_MOST_SHOWN]:
+        click.echo(f"  {line}")
+    if len(lines) > _MOST_SHOWN:
+        click.echo("  … (all of them with --json)")
+
+
+def _table(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+    cells = [names, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    for row in cells:
+        click.echo("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+@training.command("evaluate")
+@click.argument("path", type=_FOUND)
+@click.argument("folder", type=_FOLDER)
+@click.option("--labels", type=_FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
+@click.option("--home", type=_FOUND, help="Home whose weights are used; else the bundled ones.")
+@click.option("--weights", metavar="DIGEST", help="These weights of the home, not its active ones.")
+@click.option("--area", type=_AREA, multiple=True, help="This area only (may be given again).")
+@click.option("--split", help="Films of this split only, such as valid.")
+def evaluate_command(
+    *,
+    path: Path,
+    folder: Path,
+    labels: Path | None,
+    home: Path | None,
+    weights: str | None,
+    area: tuple[str, ...],
+    split: str | None,
+) -> None:
+    """Measure weights on the labelled films of PATH and write the figures to FOLDER.
+
+    Image and study level with intervals over patients, with and without hardware, and where the
+    evidence lies if there are boxes: as JSON, CSV and HTML. PATH is as for `data report`.
+
+    \b
+    python -m training evaluate MURA-v1.1 evaluation --split valid
+    """
+    from training.evaluate import evaluate_areas  # noqa: PLC0415 - torch only where needed
+    from training.evaluation_report import write_report  # noqa: PLC0415 - matplotlib likewise
+
+    click.echo(NOTICE, err=True)
+    data = read(path, labels).checked()
+    films = [film for film in data.films if split is None or film.split == split]
+    found = evaluate_areas(films, area or tuple(Area), home, weights)
+    write_report(folder, found)
+    for one in found.evaluations:
+        if one.level == "study" and one.stratum == "all":
+            auc = one.figures["roc_auc"]
+            told = (
+                "-" if auc.value is None else f"{auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})"
+            )
+            click.echo(f"{one.area}: {one.count} studies, {one.positive} positive, AUC {told}")
+    click.echo(f"written to {folder / 'report.html'}", err=True)
 
 
 @training.command()
@@ -29,7 +177,8 @@ def fit(data: Path, run: Path, *, bf16: bool) -> None:
     from training.fit import FitSettings  # noqa: PLC0415 - torch only where it is needed
     from training.fit import fit as fit_network  # noqa: PLC0415
 
-    fit_network(read_fracatlas(data), run, FitSettings(bf16=bf16))
+    films = fracatlas.read(data).checked().films
+    fit_network(films, run, FitSettings(bf16=bf16))
 
 
 @training.command()
@@ -44,10 +193,19 @@ def publish(data: Path, run: Path, folder: Path) -> None:
     """
     from training.publish import publish_bundled  # noqa: PLC0415 - torch only where needed
 
-    done = publish_bundled(read_fracatlas(data), run, folder)
+    done = publish_bundled(fracatlas.read(data).checked().films, run, folder)
     value, low, high = done.auc.value, done.auc.low, done.auc.high
     click.echo(f"{done.file}: study AUC {value:.3f} ({low:.3f} to {high:.3f})")
 
 
+def main() -> None:
+    """Run a command; errors are one line and exit code 1."""
+    try:
+        training(prog_name="python -m training", standalone_mode=True)
+    except MuraError as exc:
+        click.echo(f"python -m training: {exc}", err=True)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    training(prog_name="python -m training")
+    main()

@@ -1,12 +1,44 @@
-"""Labelled radiographs for training: which film, which exam, which label, which fold."""
+"""Labelled radiographs for training: which film, whose, of which area, with which label.
+
+``training.sources`` reads them from what people have; what cannot be used is a ``Problem`` that
+names its file and line. A report lists problems, training refuses to begin with them.
+"""
 
 from __future__ import annotations
 
-import csv
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mura_batch.errors import Misconfigured
+
+_MOST_TOLD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A box around a finding, in fractions of the film's width and height, as YOLO writes it."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def __post_init__(self) -> None:
+        inside = 0 <= self.x <= 1 and 0 <= self.y <= 1
+        if not (inside and 0 < self.width <= 1 and 0 < self.height <= 1):
+            raise ValueError(f"a box of {self.x} {self.y} {self.width} {self.height} is no share")
+
+    @classmethod
+    def parse(cls, text: str) -> tuple[Region, ...]:
+        """Return the boxes of ``x y width height; …``; ValueError for anything else."""
+        boxes = [
+            [float(number) for number in box.split()] for box in text.split(";") if box.strip()
+        ]
+        if any(len(box) != 4 for box in boxes):  # noqa: PLR2004 - as said
+            raise ValueError(f"{text!r} is not made of x y width height")
+        return tuple(cls(*box) for box in boxes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,44 +46,102 @@ class Film:
     """One labelled radiograph.
 
     Attributes:
-        exam: films with the same exam belong to one study and one patient; no exam may
-            stand on both sides of a split.
+        frame: from 0 inside a multi-frame DICOM file.
+        study: what is scored together; its label is that of any of its films.
+        patient: whose it is: nobody may stand on both sides of a split.
         area: ``XR_ELBOW`` …, or the region's name for films outside the upper limb.
-        label: 1 where the target (a fracture) is there, else 0.
-        fold: 0–4, or None for films that are only ever trained on.
+        label: 1 where the target is there, else 0.
+        split: ``train``, ``valid`` or the number of a fold; empty where none was stated.
+        also: areas that lie wholly in the film besides.
+        boxes: around what the label is of, where that was drawn.
+        hardware: metal or a cast in the film, None where nobody looked.
+        weight: how much the film counts in training.
+        where: file and line that say so, for messages.
     """
 
     path: Path
-    exam: str
+    study: str
+    patient: str
     area: str
     label: int
-    fold: int | None
+    frame: int = 0
+    split: str = ""
+    also: tuple[str, ...] = ()
+    boxes: tuple[Region, ...] = ()
+    hardware: bool | None = None
+    weight: float = 1.0
+    where: str = ""
 
 
-def read_fracatlas(root: Path) -> list[Film]:
-    """Return the films of the FracAtlas folder: upper limb with folds, other limbs without.
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What cannot be used, and the file and line where that stands."""
 
-    Films that show no upper limb although the data set counts them there are left out.
+    where: str
+    what: str
 
-    Raises:
-        Misconfigured: the folder is not laid out as described in its README.
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Films, and what of the source could not be made one.
+
+    Attributes:
+        target: what a label of 1 means: ``abnormal`` or ``fracture``.
+        labels_of: ``study`` where all films of a study must have one label, ``film`` where each
+            has its own.
     """
-    films = []
-    for row in _rows(root / "labels.csv"):
-        if row["area"] != "NONE":
-            path = root / "images" / row["image_id"]
-            label = int(row["fractured"])
-            films.append(Film(path, row["exam"], row["area"], label, int(row["fold"])))
-    for row in _rows(root / "other.csv"):
-        path = root / "other" / row["image_id"]
-        films.append(Film(path, row["image_id"], row["region"], int(row["fractured"]), None))
-    return films
+
+    films: tuple[Film, ...]
+    problems: tuple[Problem, ...] = ()
+    target: str = "abnormal"
+    labels_of: str = "study"
+
+    def all_problems(self) -> Iterator[Problem]:
+        """Yield the source's problems, and those between films."""
+        yield from self.problems
+        if self.labels_of == "study":
+            labels = ((f"study {f.study} ({f.area})", str(f.label), f) for f in self.films)
+            yield from _contradictions(labels, "labels")
+        splits = ((f"patient {f.patient}", f.split or "none", f) for f in self.films)
+        yield from _contradictions(splits, "splits")
+
+    def checked(self) -> Dataset:
+        """Return this data set.
+
+        Raises:
+            Misconfigured: naming its first problems, or that it has no films.
+        """
+        problems = list(self.all_problems())
+        if problems:
+            told = "; ".join(f"{one.where}: {one.what}" for one in problems[:_MOST_TOLD])
+            more = len(problems) - _MOST_TOLD
+            raise Misconfigured(told + (f"; and {more} more" if more > 0 else ""))
+        if not self.films:
+            raise Misconfigured("There are no films in this data.")
+        return self
+
+    def only(self, areas: Iterable[str]) -> Dataset:
+        """Return the films that show one of the areas, mainly or besides.
+
+        Raises:
+            Misconfigured: none does, or they have one label only.
+        """
+        wanted = set(areas)
+        films = tuple(f for f in self.films if f.area in wanted or wanted & set(f.also))
+        name = ", ".join(sorted(wanted))
+        if not films:
+            raise Misconfigured(f"There are no films of {name} in this data.")
+        if len({film.label for film in films}) == 1:
+            raise Misconfigured(f"All films of {name} have the label {films[0].label}.")
+        return Dataset(films, self.problems, self.target, self.labels_of)
 
 
-def _rows(table: Path) -> list[dict[str, str]]:
-    try:
-        with table.open(newline="", encoding="utf-8") as stream:
-            return list(csv.DictReader(stream))
-    except FileNotFoundError as exc:
-        msg = f"{table} is missing: give the folder that holds labels.csv and other.csv"
-        raise Misconfigured(msg) from exc
+def _contradictions(stated: Iterable[tuple[str, str, Film]], what: str) -> Iterator[Problem]:
+    """Yield what is stated in two ways of one thing, at the film that says so first."""
+    seen: defaultdict[str, dict[str, Film]] = defaultdict(dict)
+    for thing, value, film in stated:
+        seen[thing].setdefault(value, film)
+    for thing, values in seen.items():
+        if len(values) > 1:
+            second = list(values.values())[1]
+            yield Problem(second.where, f"{thing} has the {what} {' and '.join(values)}")

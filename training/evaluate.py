@@ -1,164 +1,214 @@
-"""What a network does on held-back exams, with intervals, and the thresholds to use it at."""
+"""What weights do on labelled films: image and study level, with intervals, and where they look."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from mura_batch.network import EvidenceNet, normalise
+from mura_batch.area import Area
+from mura_batch.config import load as load_settings
+from mura_batch.errors import Misconfigured
+from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
+from mura_batch.runtime import Inference, Runtime, load
+from mura_batch.weights import WeightsStore, load_bundled
+from mura_batch.weights_card import Calibration, Card
 from training.dataset import Film
+from training.localisation import Localised, localise
+from training.metrics import Cases, Estimate, figures, resampled
 
-Floats = NDArray[np.float64]
-_RESAMPLES = 2000
-_HIGH = 0.9  # sensitivity or specificity that the two one-sided operating points reach
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure with its 95 % percentile-bootstrap interval over exams (None: not estimable)."""
-
-    value: float | None
-    low: float | None
-    high: float | None
+ALL_AREAS = "all areas"
+_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
-class ExamScores:
-    """Study-level scores of held-back exams.
+class FilmScore:
+    """What weights said of one film, and where of those that have boxes."""
+
+    film: Film
+    logit: float
+    localised: Localised | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures of one group of images or studies.
 
     Attributes:
-        logits: shape (N,), mean logit of each exam's films.
-        labels: shape (N,), 1 where any film of the exam has the target.
-        areas: the area that most films of the exam show.
+        level: ``image``, ``study``, or ``box`` for where the evidence lies.
+        stratum: ``all``, ``with hardware`` or ``without hardware``; of boxes ``all`` or ``found``,
+            those that were decided positive at the balanced point.
+        count, positive: of images or studies.
     """
 
-    logits: Floats
-    labels: NDArray[np.int64]
-    areas: tuple[str, ...]
-
-    def only(self, area: str) -> ExamScores:
-        """Return the exams of one area."""
-        chosen = np.array([name == area for name in self.areas])
-        return ExamScores(
-            self.logits[chosen], self.labels[chosen], tuple(a for a in self.areas if a == area)
-        )
+    area: str
+    level: str
+    stratum: str
+    count: int
+    positive: int
+    figures: Mapping[str, Estimate]
 
 
-def score_exams(
-    network: EvidenceNet, films: Sequence[Film], spec: Preprocessing, *, batch: int = 16
-) -> ExamScores:
-    """Score ``films`` as the product does and gather them by exam."""
-    network.eval()
-    logits: list[float] = []
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(films), batch), desc="scoring", disable=None):
-            chunk = films[start : start + batch]
-            pixels = np.stack([read_film(film.path, 0, spec)[1].pixels for film in chunk])
-            images = normalise(torch.from_numpy(pixels), spec.mean, spec.std)
-            logits += network(images).logit.tolist()
-    exams: dict[str, list[int]] = {}
-    for index, film in enumerate(films):
-        exams.setdefault(film.exam, []).append(index)
-    areas = []
-    for members in exams.values():
-        names = [films[i].area for i in members]
-        areas.append(max(sorted(set(names)), key=names.count))
-    return ExamScores(
-        np.array([np.mean([logits[i] for i in members]) for members in exams.values()]),
-        np.array([max(films[i].label for i in members) for members in exams.values()]),
-        tuple(areas),
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What :func:`evaluate_areas` found.
+
+    Attributes:
+        studies: the study level's cases, by the evaluations' areas.
+        cards: of the weights that scored each area.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    studies: Mapping[str, Cases]
+    scores: tuple[FilmScore, ...]
+    cards: Mapping[str, Card]
+
+
+def evaluate_areas(
+    films: Sequence[Film], areas: Sequence[str], home: Path | None, digest: str | None
+) -> Findings:
+    """Score the films of each area with its weights and measure them; all areas together too,
+    where the same weights decide in the same way everywhere.
+
+    The weights are a home's active ones, or those of its store whose digest begins with
+    ``digest``; without a home the bundled ones.
+
+    Raises:
+        Misconfigured: there are no films of these areas, or no such weights.
+        UnreadableImage, Transient: a film cannot be read.
+    """
+    scores: dict[str, list[FilmScore]] = {}
+    cards: dict[str, Card] = {}
+    for area in sorted(set(areas)):
+        if own := [film for film in films if film.area == area]:
+            network, card = _weights(Area(area), home, digest)
+            runtime = load(network, card.preprocessing)
+            scores[area] = score_films(runtime, own, card.preprocessing)
+            cards[area] = card
+    if not scores:
+        raise Misconfigured(f"There are no films of {', '.join(areas)} here.")
+    groups = dict(scores)
+    if len(scores) > 1 and len({_deciding(card) for card in cards.values()}) == 1:
+        groups[ALL_AREAS] = [one for some in scores.values() for one in some]
+    any_card = next(iter(cards.values()))
+    evaluations: list[Evaluation] = []
+    studies: dict[str, Cases] = {}
+    for area, some in groups.items():
+        card = cards.get(area, any_card)
+        evaluations += evaluate(some, card, area)
+        studies[area] = cases_of(by_study(some), card.calibration)
+    every = tuple(one for some in scores.values() for one in some)
+    return Findings(tuple(evaluations), studies, every, cards)
+
+
+def _weights(area: Area, home: Path | None, digest: str | None) -> tuple[EvidenceNet, Card]:
+    if home is None:
+        if digest is not None:
+            raise Misconfigured("Name the home that has these weights, with --home.")
+        return load_bundled(area)
+    store = WeightsStore(load_settings(home, {}).weights_dir)
+    card = store.require(area) if digest is None else store.find(area, digest)
+    return store.load(card), card
+
+
+def _deciding(card: Card) -> tuple[object, ...]:
+    """Return all of a card that decides what is said of a film."""
+    points = tuple((point.name, point.threshold) for point in card.operating_points)
+    return card.sha256, card.preprocessing, card.calibration, points
+
+
+def score_films(runtime: Runtime, films: Sequence[Film], spec: Preprocessing) -> list[FilmScore]:
+    """Score films as the product does.
+
+    Raises:
+        UnreadableImage, Transient: a film cannot be read.
+    """
+    scores: list[FilmScore] = []
+    for start in tqdm(range(0, len(films), _BATCH), desc="scoring", disable=None):
+        some = films[start : start + _BATCH]
+        read = [read_film(film.path, film.frame, spec) for film in some]
+        found = Inference.joined(runtime.infer(np.stack([seen.pixels for _, seen in read])))
+        for film, (luminance, seen), logit, evidence in zip(
+            some, read, found.logits, found.maps, strict=True
+        ):
+            size = (luminance.shape[0], luminance.shape[1])
+            where = localise(evidence, film.boxes, seen.box, size) if film.boxes else None
+            scores.append(FilmScore(film, float(logit), where))
+    return scores
+
+
+def evaluate(scores: Sequence[FilmScore], card: Card, area: str) -> list[Evaluation]:
+    """Return the figures of films that one network scored: both levels, strata, and where.
+
+    ``area`` is the group's name; decisions are those of the card's operating points.
+    """
+    thresholds: dict[str, float] = {p.name: p.threshold for p in card.operating_points}
+    found: list[Evaluation] = []
+    for level, groups in (("image", [[one] for one in scores]), ("study", by_study(scores))):
+        cases = cases_of(groups, card.calibration)
+        for stratum, chosen in _strata(groups).items():
+            some = cases.only(chosen)
+            count, positive = len(some.labels), int(some.labels.sum())
+            told = figures(some, thresholds)
+            found.append(Evaluation(area, level, stratum, count, positive, told))
+    return [*found, *_where(scores, card, area)]
+
+
+def _strata(groups: Sequence[Sequence[FilmScore]]) -> dict[str, NDArray[np.bool_]]:
+    """Return which groups are in each stratum; those of nobody knows what, and all, in ``all``."""
+    told = [{one.film.hardware for one in group} for group in groups]
+    strata = {
+        "all": np.ones(len(groups), bool),
+        "with hardware": np.array([True in words for words in told]),
+        "without hardware": np.array([words == {False} for words in told]),
+    }
+    return {name: chosen for name, chosen in strata.items() if name == "all" or chosen.any()}
+
+
+def _where(scores: Sequence[FilmScore], card: Card, area: str) -> Iterator[Evaluation]:
+    """Yield how the evidence lies to the boxes of the films that have some."""
+    boxed = [one for one in scores if one.localised is not None]
+    if not boxed:
+        return
+    cases = cases_of([[one] for one in boxed], card.calibration)
+    found = cases.probabilities >= card.threshold
+    for stratum, chosen in (("all", np.ones(len(boxed), bool)), ("found", found)):
+        told = {
+            name: resampled(
+                np.array([float(getattr(one.localised, name)) for one in boxed]),
+                cases.patients,
+                chosen,
+            )
+            for name in ("hit", "chance", "energy", "overlap")
+        }
+        count = int(chosen.sum())
+        yield Evaluation(area, "box", stratum, count, count, told)
+
+
+def cases_of(groups: Sequence[Sequence[FilmScore]], calibration: Calibration | None) -> Cases:
+    """Return a case a group of films: the mean logit, and positive where any film is."""
+    logits = np.array([np.mean([one.logit for one in group]) for group in groups])
+    values = logits
+    if calibration is not None:
+        values = calibration.slope * logits + calibration.intercept
+    return Cases(
+        logits,
+        1 / (1 + np.exp(-values)),
+        np.array([max(one.film.label for one in group) for group in groups], np.int64),
+        tuple(group[0].film.patient for group in groups),
     )
 
 
-def auc(scores: ExamScores) -> Estimate:
-    """Return the study-level area under the ROC curve."""
-    return _bootstrap(
-        lambda chosen: float(roc_auc_score(scores.labels[chosen], scores.logits[chosen])),
-        scores.labels,
-    )
-
-
-def fit_calibration(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, float]:
-    """Return (slope, intercept) of Platt's scaling: calibrated = sigmoid(slope·logit + intercept).
-
-    Source: J. Platt, "Probabilistic outputs for support vector machines", 1999.
-    """
-    model = LogisticRegression(C=1e6).fit(logits[:, None], labels)
-    return float(model.coef_[0, 0]), float(model.intercept_[0])
-
-
-def thresholds(values: Floats, labels: NDArray[np.int64]) -> dict[str, float]:
-    """Return the three operating points' thresholds on the scale of ``values``.
-
-    ``balanced`` has the largest sensitivity + specificity; ``high_sensitivity`` is the largest
-    threshold that finds 90 %; ``high_specificity`` the smallest that clears 90 %.
-    """
-    candidates = np.unique(values)
-    midpoints = np.concatenate([[0.0], (candidates[1:] + candidates[:-1]) / 2, [1.0]])
-    rates = np.array([_rates(values, labels, t) for t in midpoints])
-    sensitivity, specificity = rates[:, 0], rates[:, 1]
-    return {
-        "balanced": float(midpoints[np.argmax(sensitivity + specificity)]),
-        "high_sensitivity": float(midpoints[sensitivity >= _HIGH].max()),
-        "high_specificity": float(midpoints[specificity >= _HIGH].min()),
-    }
-
-
-def cross_fitted_rates(scores: ExamScores, seed: int = 7) -> dict[str, tuple[Estimate, Estimate]]:
-    """Return each operating point's (sensitivity, specificity), measured on exams it did not see.
-
-    Calibration and thresholds are fitted on one random half of the exams and applied to the
-    other, and the other way round; the decisions of both halves are pooled.
-    """
-    order = np.random.default_rng(seed).permutation(len(scores.labels))
-    halves = (order[::2], order[1::2])
-    decided: dict[str, NDArray[np.bool_]] = {}
-    for fitted, applied in (halves, halves[::-1]):
-        slope, intercept = fit_calibration(scores.logits[fitted], scores.labels[fitted])
-        values = 1 / (1 + np.exp(-(slope * scores.logits + intercept)))
-        for name, threshold in thresholds(values[fitted], scores.labels[fitted]).items():
-            positive = decided.setdefault(name, np.zeros(len(order), dtype=bool))
-            positive[applied] = values[applied] >= threshold
-    return {
-        name: (
-            _bootstrap(_share(positive, scores.labels == 1), scores.labels),
-            _bootstrap(_share(~positive, scores.labels == 0), scores.labels),
-        )
-        for name, positive in decided.items()
-    }
-
-
-def _share(
-    hit: NDArray[np.bool_], among: NDArray[np.bool_]
-) -> Callable[[NDArray[np.int64]], float]:
-    return lambda chosen: float(hit[chosen][among[chosen]].mean())
-
-
-def _rates(values: Floats, labels: NDArray[np.int64], threshold: float) -> tuple[float, float]:
-    positive = values >= threshold
-    return float(positive[labels == 1].mean()), float((~positive)[labels == 0].mean())
-
-
-def _bootstrap(
-    statistic: Callable[[NDArray[np.int64]], float], labels: NDArray[np.int64]
-) -> Estimate:
-    """Return ``statistic`` of all exams and its percentile interval over resampled exams."""
-    if len(np.unique(labels)) < 2:  # noqa: PLR2004 - both classes are needed
-        return Estimate(None, None, None)
-    rng = np.random.default_rng(11)
-    draws: list[float] = []
-    while len(draws) < _RESAMPLES:
-        chosen = rng.integers(0, len(labels), len(labels))
-        if len(np.unique(labels[chosen])) == 2:  # noqa: PLR2004
-            draws.append(statistic(chosen))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(statistic(np.arange(len(labels))), float(low), float(high))
+def by_study(scores: Sequence[FilmScore]) -> list[list[FilmScore]]:
+    """Return the films that are scored together: those of one study and area."""
+    groups: defaultdict[tuple[str, str], list[FilmScore]] = defaultdict(list)
+    for one in scores:
+        groups[one.film.study, one.film.area].append(one)
+    return list(groups.values())

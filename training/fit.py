@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class FitSettings:
 
 
 def fit(
-    films: list[Film], run: Path, settings: FitSettings, *, stop_after: int | None = None
+    films: Sequence[Film], run: Path, settings: FitSettings, *, stop_after: int | None = None
 ) -> None:
     """Train on every film outside the evaluation fold and leave ``run/network.pt``.
 
@@ -63,7 +63,7 @@ def fit(
     """
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    training = [film for film in films if film.fold != settings.evaluation_fold]
+    training = [film for film in films if film.split != str(settings.evaluation_fold)]
     pixels = _prepared(training, run, settings.preprocessing)
     labels = torch.tensor([float(film.label) for film in training])
     (run / "run.json").write_text(json.dumps({**asdict(settings), "films": len(training)}))
@@ -107,7 +107,7 @@ def fit(
         _save(network.state_dict(), run / "network.pt")
 
 
-def _prepared(films: list[Film], run: Path, spec: Preprocessing) -> NDArray[np.uint8]:
+def _prepared(films: Sequence[Film], run: Path, spec: Preprocessing) -> NDArray[np.uint8]:
     """Return the films as uint8 (N, S, S), S with headroom, from the cache where it fits."""
     size = round(spec.size * _HEADROOM)
     cache = run / f"films-{spec.crop}-{spec.fit}-{spec.decode}.npy"

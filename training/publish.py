@@ -17,18 +17,13 @@ from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
+from mura_batch.runtime import Runtime, load
 from mura_batch.weights import sha256_of
 from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint
+from training.calibration import POINTS, cross_fitted_rates, fit_calibration, thresholds
 from training.dataset import Film
-from training.evaluate import (
-    Estimate,
-    ExamScores,
-    auc,
-    cross_fitted_rates,
-    fit_calibration,
-    score_exams,
-    thresholds,
-)
+from training.evaluate import FilmScore, by_study, cases_of, score_films
+from training.metrics import Cases, Estimate, estimate, roc_auc
 
 _TRAINED_ON = (
     "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0): {films} films, upper"
@@ -58,7 +53,7 @@ class Published:
     auc: Estimate
 
 
-def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
+def publish_bundled(films: Sequence[Film], run: Path, folder: Path) -> Published:
     """Write the run's network in half precision, and a card for each area, into ``folder``.
 
     What is measured is the network as it ships: rounded to half precision first.
@@ -72,18 +67,17 @@ def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
 
     network = EvidenceNet()
     network.load_state_dict({name: t.float() for name, t in half.items()}, strict=False)
-    held_back = [film for film in films if film.fold == settings["evaluation_fold"]]
-    scores = score_exams(network, held_back, spec)
-    overall = auc(scores)
-    calibration = _calibration(scores)
-    values = scores.logits
-    if calibration is not None:
-        values = calibration.slope * scores.logits + calibration.intercept
-    points = thresholds(1 / (1 + np.exp(-values)), scores.labels)
+    held_back = [film for film in films if film.split == str(settings["evaluation_fold"])]
+    runtime = load(network, spec, runtime="torch", device="cpu")
+    exams = by_study(score_films(runtime, held_back, spec))
+    raw = cases_of(exams, None)
+    overall = _auc(raw)
+    calibration = _calibration(raw)
+    points = thresholds(cases_of(exams, calibration).probabilities, raw.labels)
     notes = _NOTES
     if spec.enough is not None:
-        notes += _decoded(network, films, held_back, spec, spec.enough)
-    rates = cross_fitted_rates(scores)
+        notes += _decoded(runtime, films, held_back, spec, spec.enough)
+    rates = cross_fitted_rates(raw)
     for area in Area:
         card = Card(
             area=area,
@@ -97,11 +91,11 @@ def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
                     sensitivity=_rounded(rates[name][0].value),
                     specificity=_rounded(rates[name][1].value),
                 )
-                for name in ("balanced", "high_sensitivity", "high_specificity")
+                for name in POINTS
             ),
             calibration=calibration,
             training_data=_trained_on(settings),
-            metrics=_metrics(scores, overall, area),
+            metrics=_metrics(exams, area),
             licence="MIT; trained on CC BY 4.0 data, attribution above",
             origin="bundled",
             source="training/fit.py",
@@ -112,7 +106,7 @@ def publish_bundled(films: list[Film], run: Path, folder: Path) -> Published:
 
 
 def _decoded(
-    network: EvidenceNet,
+    runtime: Runtime,
     films: Sequence[Film],
     held_back: Sequence[Film],
     spec: Preprocessing,
@@ -120,13 +114,14 @@ def _decoded(
 ) -> str:
     """Say what decoding at reduced size changes: the AUC, and the probabilities of large films."""
     whole = replace(spec, decode="full")
-    large = [replace(f, exam=f.path.name) for f in films if _longer_side(f.path) >= 2 * enough]
+    large = [film for film in films if _longer_side(film.path) >= 2 * enough]
     reduced, full = (
-        1 / (1 + np.exp(-score_exams(network, large, how).logits)) for how in (spec, whole)
+        cases_of([[one] for one in score_films(runtime, large, how)], None).probabilities
+        for how in (spec, whole)
     )
     apart = np.abs(reduced - full)
     return _DECODED.format(
-        auc=auc(score_exams(network, held_back, whole)).value,
+        auc=_auc(cases_of(by_study(score_films(runtime, held_back, whole)), None)).value,
         films=len(large),
         mean=apart.mean(),
         most=apart.max(),
@@ -144,36 +139,40 @@ def _trained_on(settings: dict[str, Any]) -> str:
     return _TRAINED_ON.format(films=settings["films"], epochs=epochs, bf16=bf16)
 
 
-def _calibration(scores: ExamScores) -> Calibration | None:
+def _calibration(cases: Cases) -> Calibration | None:
     """Return Platt's scaling, or None for a network that orders exams no better than chance."""
-    slope, intercept = fit_calibration(scores.logits, scores.labels)
+    slope, intercept = fit_calibration(cases.logits, cases.labels)
     if slope <= 0:
         return None
-    fitted_on = f"{_count(scores)}, all areas, fold 0"
+    fitted_on = f"{_count(cases)}, all areas, fold 0"
     return Calibration(round(slope, 5), round(intercept, 5), fitted_on)
 
 
-def _metrics(scores: ExamScores, overall: Estimate, area: Area) -> dict[str, Metric]:
+def _metrics(exams: Sequence[Sequence[FilmScore]], area: Area) -> dict[str, Metric]:
     """Return the AUC over all areas, and over this area's exams where both classes are there."""
-    own = scores.only(area)
-    found = {"study_auc_all_areas": (overall, scores)}
-    estimate = auc(own)
-    if estimate.value is not None:
-        found["study_auc"] = (estimate, own)
+    own = [exam for exam in exams if exam[0].film.area == area]
+    found = {"study_auc_all_areas": cases_of(exams, None)}
+    if own:
+        found["study_auc"] = cases_of(own, None)
+    estimates = {name: (_auc(cases), cases) for name, cases in found.items()}
     return {
         name: Metric(
-            round(value.value, 4),
-            _rounded(value.low),
-            _rounded(value.high),
-            f"{_count(of)}, held back (fold 0); 95 % bootstrap over exams",
+            round(told.value, 4),
+            _rounded(told.low),
+            _rounded(told.high),
+            f"{_count(cases)}, held back (fold 0); 95 % bootstrap over exams",
         )
-        for name, (value, of) in found.items()
-        if value.value is not None
+        for name, (told, cases) in estimates.items()
+        if told.value is not None
     }
 
 
-def _count(scores: ExamScores) -> str:
-    return f"{len(scores.labels)} exams of FracAtlas, {int(scores.labels.sum())} with a fracture"
+def _auc(cases: Cases) -> Estimate:
+    return estimate(lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients)
+
+
+def _count(cases: Cases) -> str:
+    return f"{len(cases.labels)} exams of FracAtlas, {int(cases.labels.sum())} with a fracture"
 
 
 def _rounded(value: float | None) -> float | None:

@@ -1,0 +1,80 @@
+"""From logits to probabilities that mean something, and the thresholds to decide at.
+
+What is fitted here must come from cases that neither training nor selection saw.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from mura_batch.weights_card import PointName
+from training.metrics import Cases, Estimate, Floats, Labels, resampled
+
+POINTS: tuple[PointName, ...] = get_args(PointName)
+_HIGH = 0.9  # sensitivity or specificity that the two one-sided operating points reach
+
+
+def fit_calibration(logits: Floats, labels: Labels) -> tuple[float, float]:
+    """Return (slope, intercept) of Platt's scaling: calibrated = sigmoid(slope·logit + intercept).
+
+    Source: J. Platt, "Probabilistic outputs for support vector machines", 1999.
+    """
+    model = LogisticRegression(C=1e6).fit(logits[:, None], labels)
+    return float(model.coef_[0, 0]), float(model.intercept_[0])
+
+
+def thresholds(probabilities: Floats, labels: Labels) -> dict[PointName, float]:
+    """Return the three operating points' thresholds.
+
+    ``balanced`` has the largest sensitivity + specificity; ``high_sensitivity`` is the largest
+    threshold that finds 90 %; ``high_specificity`` the smallest that clears 90 %.
+    """
+    candidates = np.unique(probabilities)
+    midpoints = np.concatenate([[0.0], (candidates[1:] + candidates[:-1]) / 2, [1.0]])
+    sensitivity = 1 - _below(probabilities[labels == 1], midpoints)
+    specificity = _below(probabilities[labels == 0], midpoints)
+    return {
+        "balanced": float(midpoints[np.argmax(sensitivity + specificity)]),
+        "high_sensitivity": float(midpoints[sensitivity >= _HIGH].max()),
+        "high_specificity": float(midpoints[specificity >= _HIGH].min()),
+    }
+
+
+def _below(values: Floats, thresholds: Floats) -> Floats:
+    """Return the share of the values that lie below each threshold."""
+    share: Floats = np.searchsorted(np.sort(values), thresholds, side="left") / len(values)
+    return share
+
+
+def cross_fitted_rates(cases: Cases, seed: int = 7) -> dict[PointName, tuple[Estimate, Estimate]]:
+    """Return each operating point's (sensitivity, specificity), measured on cases it did not see.
+
+    Calibration and thresholds are fitted on one random half of the patients and applied to the
+    other, and the other way round; the decisions of both halves are pooled.
+    """
+    first = _half(cases.patients, seed)
+    decided = {name: np.zeros(len(cases.labels), bool) for name in POINTS}
+    for fitted in (first, ~first):
+        slope, intercept = fit_calibration(cases.logits[fitted], cases.labels[fitted])
+        values = 1 / (1 + np.exp(-(slope * cases.logits + intercept)))
+        for name, threshold in thresholds(values[fitted], cases.labels[fitted]).items():
+            decided[name][~fitted] = values[~fitted] >= threshold
+    with_it = cases.labels == 1
+    return {
+        name: (
+            resampled(positive.astype(float), cases.patients, with_it),
+            resampled((~positive).astype(float), cases.patients, ~with_it),
+        )
+        for name, positive in decided.items()
+    }
+
+
+def _half(patients: tuple[str, ...], seed: int) -> NDArray[np.bool_]:
+    names = np.array(patients)
+    order = np.random.default_rng(seed).permutation(np.unique(names))
+    half: NDArray[np.bool_] = np.isin(names, order[::2])
+    return half

@@ -1,0 +1,272 @@
+"""What is in a data set, before hours are spent on it: counts, contradictions, duplicates, films.
+
+Findings are told, never mended in silence: what cannot be read is left out and listed, not padded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
+
+from mura_batch.errors import MuraError, Rejected
+from mura_batch.radiograph import read_luminance
+from training.dataset import Dataset, Film
+
+_HASH_SIDE = 16  # a film's perceptual hash has this many bits squared
+_ALIKE = 10  # bits of 256 that may differ between films that are taken for one
+_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one film is like.
+
+    Attributes:
+        sha256: of the file's content.
+        hash: difference hash of the picture, ``_HASH_SIDE`` squared bits as hexadecimal text.
+        levels: the 1st, 50th and 99th percentile of its luminance, 0–255.
+        black: share of pixels that are black.
+        error: code and sentence where the film cannot be read; all else is empty then.
+    """
+
+    sha256: str = ""
+    hash: str = ""
+    width: int = 0
+    height: int = 0
+    levels: tuple[int, int, int] = (0, 0, 0)
+    black: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Films that are one picture.
+
+    Attributes:
+        exact: file by file the same content; else alike to the eye.
+        films: file and line of each.
+        across: what they stand on both sides of: ``splits``, ``patients``, ``labels``.
+    """
+
+    exact: bool
+    films: tuple[str, ...]
+    across: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How much there is of one area in one split."""
+
+    split: str
+    area: str
+    patients: int
+    studies: int
+    negative: int
+    positive: int
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What :func:`survey` found.
+
+    Attributes:
+        several_areas: patients with films of more than one area, by split.
+        quantiles: of the films' figures, at 0, 5, 50, 95 and 100 %.
+    """
+
+    target: str
+    counts: tuple[Count, ...]
+    several_areas: dict[str, int]
+    problems: tuple[str, ...]
+    unreadable: tuple[str, ...]
+    duplicates: tuple[Group, ...]
+    quantiles: dict[str, tuple[float, ...]]
+    hardware: dict[str, int]
+
+    def to_json(self) -> str:
+        """Return all of it."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def survey(data: Dataset, workers: int | None = None) -> DataReport:
+    """Look at every film of a data set; the order of what is reported is that of the data."""
+    looks = list(_looked_at(data.films, workers or len(os.sched_getaffinity(0))))
+    seen = [(film, look) for film, look in zip(data.films, looks, strict=True) if not look.error]
+    return DataReport(
+        target=data.target,
+        counts=tuple(_counts(data.films)),
+        several_areas=_several_areas(data.films),
+        problems=tuple(f"{one.where}: {one.what}" for one in data.all_problems()),
+        unreadable=tuple(
+            f"{film.where}: {film.path.name}: {look.error}"
+            for film, look in zip(data.films, looks, strict=True)
+            if look.error
+        ),
+        duplicates=tuple(_duplicates(seen)),
+        quantiles=_quantiles([look for _, look in seen]),
+        hardware=_hardware(data.films),
+    )
+
+
+# ---- one film
+
+
+def look_at(place: tuple[Path, int]) -> Look:
+    """Return what a film, a file and its frame, is like; nothing about it raises."""
+    path, frame = place
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        film = read_luminance(path, frame)
+    except Rejected as exc:
+        return Look(error=f"{exc.code}: {exc}")
+    except (MuraError, OSError) as exc:
+        return Look(error=str(exc))
+    shares = np.bincount(film.ravel(), minlength=256) / film.size
+    reached = np.searchsorted(np.cumsum(shares), (0.01, 0.5, 0.99))
+    return Look(
+        sha256,
+        difference_hash(film),
+        film.shape[1],
+        film.shape[0],
+        (int(reached[0]), int(reached[1]), int(reached[2])),
+        round(float(shares[0]), 4),
+    )
+
+
+def difference_hash(film: NDArray[np.uint8]) -> str:
+    """Return which of neighbouring cells is brighter, in hexadecimal digits.
+
+    Source: N. Krawetz, "Kind of Like That", 2013 (dHash), with 16 by 16 cells.
+    """
+    small = Image.fromarray(film).resize((_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BOX)
+    cells = np.asarray(small)
+    return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()
+
+
+def _looked_at(films: Sequence[Film], workers: int) -> Iterator[Look]:
+    places = [(film.path, film.frame) for film in films]
+    told = tqdm(total=len(places), desc="looking at films", disable=None)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, told:
+        for look in pool.map(look_at, places, chunksize=_CHUNK):
+            told.update()
+            yield look
+
+
+# ---- all films
+
+
+def _counts(films: Iterable[Film]) -> Iterator[Count]:
+    groups: defaultdict[tuple[str, str], list[Film]] = defaultdict(list)
+    for film in films:
+        groups[film.split, film.area].append(film)
+    for (split, area), members in sorted(groups.items()):
+        studies: dict[str, int] = {}
+        for film in members:
+            studies[film.study] = max(film.label, studies.get(film.study, 0))
+        patients = len({film.patient for film in members})
+        positive = sum(studies.values())
+        negative = len(studies) - positive
+        yield Count(split, area, patients, len(studies), negative, positive, len(members))
+
+
+def _several_areas(films: Iterable[Film]) -> dict[str, int]:
+    areas: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for film in films:
+        areas[film.split, film.patient].add(film.area)
+    found = Counter(split for (split, _), names in areas.items() if len(names) > 1)
+    return dict(sorted(found.items()))
+
+
+def _hardware(films: Iterable[Film]) -> dict[str, int]:
+    words = {True: "with", False: "without", None: "unknown"}
+    return dict(Counter(words[film.hardware] for film in films))
+
+
+def _quantiles(looks: Sequence[Look]) -> dict[str, tuple[float, ...]]:
+    if not looks:
+        return {}
+    figures: dict[str, list[float]] = {
+        "width": [look.width for look in looks],
+        "height": [look.height for look in looks],
+        "1 % level": [look.levels[0] for look in looks],
+        "median level": [look.levels[1] for look in looks],
+        "99 % level": [look.levels[2] for look in looks],
+        "black share": [look.black for look in looks],
+    }
+    at = (0, 5, 50, 95, 100)
+    return {n: tuple(np.percentile(values, at).round(3).tolist()) for n, values in figures.items()}
+
+
+def _duplicates(seen: Sequence[tuple[Film, Look]]) -> Iterator[Group]:
+    """Yield groups of one content, then groups that are alike and not all of one content."""
+    by_content: defaultdict[str, list[Film]] = defaultdict(list)
+    by_hash: defaultdict[str, list[tuple[Film, Look]]] = defaultdict(list)
+    for film, look in seen:
+        by_content[look.sha256].append(film)
+        by_hash[look.hash].append((film, look))
+    for films in by_content.values():
+        if len(films) > 1:
+            yield _group(films, exact=True)
+    hashes = list(by_hash)
+    members: defaultdict[int, list[tuple[Film, Look]]] = defaultdict(list)
+    for name, number in zip(hashes, alike(hashes), strict=True):
+        members[number] += by_hash[name]
+    for group in members.values():
+        if len({look.sha256 for _, look in group}) > 1:
+            yield _group([film for film, _ in group], exact=False)
+
+
+def _group(films: Sequence[Film], *, exact: bool) -> Group:
+    sides: dict[str, set[str] | set[int]] = {
+        "splits": {film.split for film in films},
+        "patients": {film.patient for film in films},
+        "labels": {film.label for film in films},
+    }
+    across = tuple(name for name, values in sides.items() if len(values) > 1)
+    return Group(exact, tuple(film.where for film in films), across)
+
+
+def alike(hashes: Sequence[str]) -> list[int]:
+    """Return a group's number for each hash; those in one group are joined by steps of at most
+    ``_ALIKE`` bits.
+    """
+    if not hashes:
+        return []
+    words = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint64).reshape(len(hashes), -1)
+    numbers = np.arange(len(hashes))
+    for start in range(0, len(hashes), _CHUNK):
+        # The first quarter of a hash tells most pairs apart.
+        first = np.bitwise_count(words[start : start + _CHUNK, None, 0] ^ words[None, start:, 0])
+        one, other = (found + start for found in np.nonzero(first <= _ALIKE))
+        bits = np.bitwise_count(words[one] ^ words[other]).sum(axis=1, dtype=np.int64)
+        numbers = _joined(numbers, one[bits <= _ALIKE], other[bits <= _ALIKE])
+    return numbers.tolist()
+
+
+def _joined(
+    numbers: NDArray[np.int64], one: NDArray[np.int64], other: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the groups' numbers with the groups of these pairs made one."""
+    different = numbers[one] != numbers[other]
+    if not different.any():
+        return numbers
+    pairs = (numbers[one[different]], numbers[other[different]])
+    size = int(numbers.max()) + 1
+    links = coo_array((np.ones(len(pairs[0]), bool), pairs), shape=(size, size))
+    joined: NDArray[np.int64] = connected_components(links, directed=False)[1]
+    return joined[numbers]

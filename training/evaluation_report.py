@@ -1,0 +1,130 @@
+"""An evaluation as files: JSON and CSV for programs, HTML with plots for people."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from mura_batch.atomic import write_atomic
+from mura_batch.config import NOTICE
+from training.evaluate import Evaluation, Findings
+from training.metrics import Cases
+
+_COLUMNS = ("area", "level", "stratum", "count", "positive", "figure", "value", "low", "high")
+
+
+def write_report(folder: Path, found: Findings) -> None:
+    """Write ``evaluation.json``, ``evaluation.csv``, ``films.csv`` and ``report.html``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {
+        "notice": NOTICE,
+        "weights": {area: card.sha256 for area, card in found.cards.items()},
+        "evaluations": [asdict(evaluation) for evaluation in found.evaluations],
+    }
+    _write(folder / "evaluation.json", json.dumps(told, indent=1))
+    _write(folder / "evaluation.csv", _csv(_COLUMNS, _rows(found.evaluations)))
+    films = [
+        (one.film.where, one.film.study, one.film.patient, one.film.area, one.film.label, one.logit)
+        for one in found.scores
+    ]
+    names = ("where", "study", "patient", "area", "label", "logit")
+    _write(folder / "films.csv", _csv(names, films))
+    _write(folder / "report.html", _html(found))
+
+
+def plots(cases: Cases) -> str:
+    """Return ROC, precision-recall and reliability of cases of both labels, as SVG."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    roc, recall, reliability = figure.subplots(1, 3)
+    false, true, _ = roc_curve(cases.labels, cases.logits)
+    roc.plot(false, true)
+    roc.plot([0, 1], [0, 1], ":", color="grey")
+    roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
+    precision, found, _ = precision_recall_curve(cases.labels, cases.logits)
+    recall.plot(found, precision)
+    recall.axhline(float(np.mean(cases.labels)), linestyle=":", color="grey")
+    recall.set(title="precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+    share, told = calibration_curve(
+        cases.labels, cases.probabilities, n_bins=10, strategy="quantile"
+    )
+    reliability.plot(told, share, "o-")
+    reliability.plot([0, 1], [0, 1], ":", color="grey")
+    reliability.set(title="reliability", xlabel="probability told", ylabel="share positive")
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    drawing = stream.getvalue()
+    return drawing[drawing.index("<svg") :]
+
+
+def _rows(evaluations: Sequence[Evaluation]) -> list[tuple[object, ...]]:
+    return [
+        (e.area, e.level, e.stratum, e.count, e.positive, name, told.value, told.low, told.high)
+        for e in evaluations
+        for name, told in e.figures.items()
+    ]
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    stream = io.StringIO()
+    table = csv.writer(stream)
+    table.writerow(columns)
+    table.writerows(rows)
+    return stream.getvalue()
+
+
+def _html(found: Findings) -> str:
+    drawn = {a: plots(c) for a, c in found.studies.items() if len(set(c.labels.tolist())) > 1}
+    page = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    areas = list(dict.fromkeys(e.area for e in found.evaluations))
+    return page.render(notice=NOTICE, found=found, plots=drawn, areas=areas)
+
+
+def _write(file: Path, text: str) -> None:
+    write_atomic(file, lambda stream: stream.write(text.encode()))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Evaluation</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0 }
+td, th { padding: .15em .8em; text-align: left; border-bottom: 1px solid #ddd }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+svg { max-width: 100%; height: auto }
+</style>
+<h1>Evaluation</h1>
+<p><strong>{{ notice }}</strong></p>
+<table><tr><th>area</th><th>weights</th><th>target</th><th>trained on</th></tr>
+{% for area, card in found.cards.items() %}
+<tr><td>{{ area }}</td><td>{{ card.short }}</td><td>{{ card.target }}</td>
+<td>{{ card.training_data }}</td></tr>
+{% endfor %}</table>
+<p>Intervals are 95 % percentile bootstraps over patients. A dash stands where a figure does not
+exist, such as an area under the curve of one label. The expected calibration error (ece)
+grows with fewer distinct cases, so that its interval lies above it. Evidence is on the network's
+own grid, where
+a random cell would hit a box as often as <em>chance</em> says.</p>
+{% for area in areas %}
+<h2>{{ area }}</h2>
+{% if area in plots %}{{ plots[area] | safe }}{% endif %}
+{% for e in found.evaluations if e.area == area %}
+<h3>{{ e.level }} level, {{ e.stratum }}: {{ e.count }}, {{ e.positive }} positive</h3>
+<table>{% for name, told in e.figures.items() %}
+<tr><td>{{ name.replace("_", " ") }}</td>
+{% if told.value is none %}<td class="n">-</td><td></td>
+{% else %}<td class="n">{{ "%.3f" | format(told.value) }}</td>
+<td>{{ "%.3f" | format(told.low) }} to {{ "%.3f" | format(told.high) }}</td>{% endif %}</tr>
+{% endfor %}</table>
+{% endfor %}{% endfor %}
+</html>
+"""
