@@ -28,10 +28,10 @@ def make_tree(
         shared: list[str] = []
         listed: list[str] = []
         labelled: list[str] = []
-        for area, (negative, positive) in areas.items():
+        for place, (area, (negative, positive)) in enumerate(areas.items()):
             words = ["negative"] * negative + ["positive"] * positive
             names = [*shared, *itertools.islice(patients, len(words) - len(shared))]
-            shared = [] if shared or split != "train" else names[:in_two_areas]
+            shared = names[:in_two_areas] if (split, place) == ("train", 0) else []
             folders = [f"{area}/{name}/study1_{w}" for name, w in zip(names, words, strict=True)]
             for folder in folders:
                 (root / split / folder).mkdir(parents=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
-import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +18,25 @@ from hypothesis import strategies as st
 from site_home import film
 
 from mura_batch.area import Area
+from mura_batch.errors import Misconfigured
+from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
-from mura_batch.weights import read_card, read_network
+from mura_batch.weights import BUNDLED, bundled_card, read_card, read_network
 from training.calibration import cross_fitted_rates, fit_calibration, thresholds
-from training.fit import FitSettings, fit
+from training.dataset import Film
+from training.fit import FitSettings, divide, film_weights, fit, parameter_groups
+from training.loader import Drawn
 from training.metrics import Cases
 from training.publish import publish_bundled
 from training.sources import fracatlas
+from training.start import settings_for, state_of
 
 TINY = FitSettings(
-    preprocessing=Preprocessing(size=64, crop="foreground", fit="pad"),
-    epochs=((32, 1), (64, 1)),
+    Preprocessing(size=64, crop="foreground", fit="pad"),
+    head_epochs=1,
+    epochs=((32, 1), (64, 2)),
+    patience=5,
+    aside=0.5,
     batch=4,
 )
 
@@ -58,18 +70,37 @@ def test_films_that_show_no_upper_limb_are_left_out(atlas: Path) -> None:
     assert [f.split for f in films if f.area == "leg"] == [""]
 
 
-def test_a_cut_off_run_goes_on_to_the_same_network(atlas: Path, tmp_path: Path) -> None:
-    films = fracatlas.read(atlas).films
-    fit(films, tmp_path / "whole", TINY)
-    whole = torch.load(tmp_path / "whole/network.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def whole(atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody cut off."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
+    return run
 
-    fit(films, tmp_path / "cut", TINY, stop_after=1)
-    assert not (tmp_path / "cut/network.pt").exists()
-    fit(films, tmp_path / "cut", TINY)
-    resumed = torch.load(tmp_path / "cut/network.pt", weights_only=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
-    done = publish_bundled(films, tmp_path / "whole", tmp_path / "bundle")
+def same_networks(*runs: Path) -> bool:
+    one, other = (torch.load(run / "network.pt", weights_only=True) for run in runs)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_cut_off_run_goes_on_to_the_same_network(
+    atlas: Path, whole: Path, tmp_path: Path
+) -> None:
+    data = fracatlas.read(atlas)
+    for epochs in (1, 2):  # the end of phase one, and the middle of phase two
+        fit(data, tmp_path / "cut", TINY, held_out=["0"], workers=1, stop_after=epochs)
+        assert not (tmp_path / "cut/network.pt").exists()
+    fit(data, tmp_path / "cut", TINY, held_out=["0"], workers=2)
+    assert same_networks(whole, tmp_path / "cut")
+    logs = [(run / "log.csv").read_text() for run in (whole, tmp_path / "cut")]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 1 + 4
+    with pytest.raises(Misconfigured, match=r"another run \(data differ\)"):
+        fit(data, tmp_path / "cut", TINY, held_out=["1"])
+    with pytest.raises(Misconfigured, match=r"another run \(settings differ\)"):
+        fit(data, tmp_path / "cut", replace(TINY, rate=1.0), held_out=["0"])
+
+    done = publish_bundled(data.films, whole, tmp_path / "bundle")
     for area in Area:
         card = read_card(tmp_path / "bundle/cards" / f"{area}.json")
         assert card.area is area
@@ -77,8 +108,125 @@ def test_a_cut_off_run_goes_on_to_the_same_network(atlas: Path, tmp_path: Path) 
         assert read_network(done.file, card) is not None
     hand = read_card(tmp_path / "bundle/cards/XR_HAND.json")
     assert hand.metrics["study_auc"].value == pytest.approx(done.auc.value, abs=1e-4)
-    assert "10 exams" not in hand.metrics["study_auc"].on
-    shutil.rmtree(tmp_path / "whole")
+    assert hand.metrics["study_auc"].on.startswith("5 exams")
+
+
+def test_a_run_killed_at_any_moment_goes_on(atlas: Path, whole: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from test_training import TINY, fit, fracatlas\n"
+        "fit(fracatlas.read(Path(sys.argv[1])), Path(sys.argv[2]), TINY, held_out=['0'], workers=0)"
+    )
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", script, str(atlas), str(run)]
+    with subprocess.Popen(command, cwd=Path(__file__).parent) as child:
+        while child.poll() is None and not (run / "state.pt").exists():
+            time.sleep(0.01)
+        child.kill()
+    subprocess.run(command, cwd=Path(__file__).parent, check=True)
+    assert same_networks(whole, run)
+
+
+def test_phase_one_moves_the_head_alone(atlas: Path, tmp_path: Path) -> None:
+    state = EvidenceNet().state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    only_head = replace(TINY, average=0.0)
+    data = fracatlas.read(atlas)
+    fit(data, tmp_path / "run", only_head, start=state, workers=0, stop_after=1)
+    after = torch.load(tmp_path / "run/state.pt", weights_only=True)["average"]
+    moved = {
+        name.removeprefix("module.")
+        for name, tensor in after.items()
+        if name != "n_averaged" and not torch.equal(tensor, before[name.removeprefix("module.")])
+    }
+    assert moved == {"classifier.weight", "classifier.bias"}
+
+
+def test_blocks_learn_more_slowly_the_deeper_they_lie() -> None:
+    network = EvidenceNet()
+    groups = parameter_groups(network, FitSettings(rate=1.0, block_decay=0.5), "all")
+    parameters = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in parameters} == {id(p) for p in network.parameters()}
+    assert len(parameters) == len(list(network.parameters()))
+    rates = [group["lr"] for group in groups[::2]]
+    assert rates == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
+    assert all(p.ndim > 1 for group in groups if group["weight_decay"] for p in group["params"])
+    head = parameter_groups(network, FitSettings(), "head")
+    assert sum(len(group["params"]) for group in head) == 2
+
+
+def test_classes_weigh_as_much_as_the_other_has_films() -> None:
+    films = [Film(Path(), "s", "p", "XR_HAND", label) for label in (0, 0, 0, 1)]
+    assert film_weights(films, "mura").tolist() == [0.25, 0.25, 0.25, 0.75]
+    heavy = [replace(film, weight=2.0) for film in films]
+    assert film_weights(heavy, "none").tolist() == [2, 2, 2, 2]
+
+
+@given(st.integers(0, 50))
+def test_no_patient_stands_on_both_sides(seed: int) -> None:
+    films = [
+        Film(Path(), f"s{n}", f"p{n % 13}", "XR_HAND", int(n % 3 == 0), split=str(n % 13 % 2))
+        for n in range(60)
+    ]
+    settings = FitSettings(seed=seed, aside=0.34)
+    train, aside = divide(films, ["1"], settings)
+    assert sorted(train + aside) == [n for n, film in enumerate(films) if film.split == "0"]
+    assert not {films[n].patient for n in train} & {films[n].patient for n in aside}
+    assert divide(films, ["1"], settings) == (train, aside)
+    assert divide(films, ["1"], replace(settings, patience=None)).aside == ()
+
+
+def test_too_few_patients_and_one_label_are_refused(atlas: Path, tmp_path: Path) -> None:
+    data = fracatlas.read(atlas)
+    with pytest.raises(Misconfigured, match="patients of one label are too few"):
+        fit(data, tmp_path / "run", replace(TINY, aside=0.1))
+    alone = replace(data, films=tuple(f for f in data.films if f.label == 0))
+    with pytest.raises(Misconfigured, match="both labels"):
+        fit(alone, tmp_path / "run", replace(TINY, patience=None))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(atlas: Path, tmp_path: Path) -> None:
+    data = fracatlas.read(atlas)
+    state = {name: tensor * torch.nan for name, tensor in EvidenceNet().state_dict().items()}
+    with pytest.raises(Misconfigured, match="The loss is nan in epoch 1 of 4"):
+        fit(data, tmp_path / "run", TINY, start=state, workers=0)
+    assert not (tmp_path / "run/network.pt").exists()
+
+
+def test_a_film_is_drawn_alike_whoever_draws_it(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 40, 40), np.uint8)
+    np.save(tmp_path / "films.npy", pixels)
+    one = Drawn(tmp_path / "films.npy", (0, 1, 2, 3), 1.0, seed=5)
+    other = Drawn(tmp_path / "films.npy", (3, 1), 1.0, seed=5)
+    one.begin(2, 32)
+    other.begin(2, 32)
+    torch.manual_seed(99)
+    assert one[3].shape == (32, 32)
+    assert torch.equal(one[3], other[0])
+    assert torch.equal(one[1], copy.deepcopy(other)[1])
+    other.begin(3, 32)
+    assert not torch.equal(one[1], other[1])
+
+
+def test_what_a_network_starts_with(tmp_path: Path) -> None:
+    assert state_of("nothing") is None
+    assert settings_for("nothing").head_epochs == 0
+    assert settings_for("bundled").preprocessing == bundled_card(Area.XR_HAND).preprocessing
+    assert settings_for("imagenet").preprocessing == Preprocessing()
+    bundled = state_of("bundled")
+    assert bundled is not None
+    torch.save(bundled, tmp_path / "network.pt")
+    found = state_of(str(tmp_path / "network.pt"))
+    assert all(torch.equal(found[name], bundled[name]) for name in bundled)
+    weights = state_of(str(BUNDLED / "generalist.safetensors"))
+    assert torch.equal(weights["classifier.bias"], bundled["classifier.bias"])
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("no network")
+    for name, told in (("other.pt", "another network"), ("text.pt", "no network's state")):
+        with pytest.raises(Misconfigured, match=told):
+            state_of(str(tmp_path / name))
+    with pytest.raises(Misconfigured, match="takes nothing, imagenet"):
+        state_of("something")
 
 
 def scores(seed: int, count: int = 120) -> Cases:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -20,6 +21,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 _FOUND = click.Path(exists=True, path_type=Path)
 _AREA = click.Choice(tuple(Area), case_sensitive=False)
 _MOST_SHOWN = 10
+_START = "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors)."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -164,21 +166,52 @@ def evaluate_command(
     click.echo(f"written to {folder / 'report.html'}", err=True)
 
 
-@training.command()
-@click.argument("data", type=_FOLDER)
+@training.command("fit")
+@click.argument("path", type=_FOUND)
 @click.argument("run", type=_FOLDER)
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16: for CPUs with AVX-512 BF16.")
-def fit(data: Path, run: Path, *, bf16: bool) -> None:
-    """Train one network on the FracAtlas folder DATA; a run that was cut off goes on.
+@click.option("--labels", type=_FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
+@click.option("--area", type=_AREA, multiple=True, help="Films of this area (may be given again).")
+@click.option("--held-out", multiple=True, metavar="SPLIT", help="Leave out, such as valid or 0.")
+@click.option("--start", metavar="HOW", default="nothing", show_default=True, help=_START)
+@click.option("--epochs", type=click.IntRange(1), help="Epochs of phase two at most.")
+@click.option("--precision", type=click.Choice(["f32", "bf16", "fp16"]), default="f32")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda:N or mps.")
+def fit_command(
+    *,
+    path: Path,
+    run: Path,
+    labels: Path | None,
+    area: tuple[str, ...],
+    held_out: tuple[str, ...],
+    start: str,
+    epochs: int | None,
+    precision: Literal["f32", "bf16", "fp16"],
+    device: str,
+) -> None:
+    """Train a network on the labelled films of PATH into the folder RUN.
+
+    A run that was cut off goes on. PATH is as for `data report`.
 
     \b
-    python -m training fit fracatlas runs/generalist
+    python -m training fit MURA-v1.1 runs/wrist --area XR_WRIST --held-out valid --start imagenet
     """
-    from training.fit import FitSettings  # noqa: PLC0415 - torch only where it is needed
-    from training.fit import fit as fit_network  # noqa: PLC0415
+    from training.fit import fit  # noqa: PLC0415 - torch only where it is needed
+    from training.start import settings_for, state_of  # noqa: PLC0415
 
-    films = fracatlas.read(data).checked().films
-    fit_network(films, run, FitSettings(bf16=bf16))
+    click.echo(NOTICE, err=True)
+    data = read(path, labels)
+    settings = replace(settings_for(start), precision=precision)
+    if epochs is not None:
+        settings = replace(settings, epochs=((settings.preprocessing.size, epochs),))
+    fit(
+        data.only(area) if area else data,
+        run,
+        settings,
+        held_out=held_out,
+        start=state_of(start),
+        device=device,
+    )
+    click.echo(f"written to {run / 'network.pt'}", err=True)
 
 
 @training.command()

@@ -27,8 +27,8 @@ from training.metrics import Cases, Estimate, estimate, roc_auc
 
 _TRAINED_ON = (
     "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0): {films} films, upper"
-    " limb of folds 1-4 and legs and hips; one network from random weights for all areas, no"
-    " ImageNet weights, {epochs}, the last one taken{bf16}"
+    " limb but for fold {held_out}, and legs and hips; one network from random weights for all"
+    " areas, no ImageNet weights, {epochs}, the last one taken; computed in {precision}"
 )
 _NOTES = (
     "Starting weights, not specialists: the same network serves all seven areas. The label is"
@@ -58,8 +58,8 @@ def publish_bundled(films: Sequence[Film], run: Path, folder: Path) -> Published
 
     What is measured is the network as it ships: rounded to half precision first.
     """
-    settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    spec = _preprocessing(settings["preprocessing"])
+    told = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    spec = _preprocessing(told["settings"]["preprocessing"])
     state = torch.load(run / "network.pt", weights_only=True)
     half = {name: t.half().contiguous() for name, t in state.items() if t.is_floating_point()}
     file = folder / "generalist.safetensors"
@@ -67,7 +67,7 @@ def publish_bundled(films: Sequence[Film], run: Path, folder: Path) -> Published
 
     network = EvidenceNet()
     network.load_state_dict({name: t.float() for name, t in half.items()}, strict=False)
-    held_back = [film for film in films if film.split == str(settings["evaluation_fold"])]
+    held_back = [film for film in films if film.split in told["held_out"]]
     runtime = load(network, spec, runtime="torch", device="cpu")
     exams = by_study(score_films(runtime, held_back, spec))
     raw = cases_of(exams, None)
@@ -94,7 +94,7 @@ def publish_bundled(films: Sequence[Film], run: Path, folder: Path) -> Published
                 for name in POINTS
             ),
             calibration=calibration,
-            training_data=_trained_on(settings),
+            training_data=_trained_on(told),
             metrics=_metrics(exams, area),
             licence="MIT; trained on CC BY 4.0 data, attribution above",
             origin="bundled",
@@ -133,10 +133,13 @@ def _longer_side(path: Path) -> int:
         return max(film.size)
 
 
-def _trained_on(settings: dict[str, Any]) -> str:
+def _trained_on(told: dict[str, Any]) -> str:
+    settings = told["settings"]
     epochs = " and ".join(f"{count} epochs at {size} pixels" for size, count in settings["epochs"])
-    bf16 = "; computed in bfloat16" if settings["bf16"] else ""
-    return _TRAINED_ON.format(films=settings["films"], epochs=epochs, bf16=bf16)
+    held_out = " and ".join(told["held_out"])
+    return _TRAINED_ON.format(
+        films=told["films"], held_out=held_out, epochs=epochs, precision=settings["precision"]
+    )
 
 
 def _calibration(cases: Cases) -> Calibration | None:
