@@ -77,6 +77,9 @@ def test_calibration_error_is_the_gap_of_ten_bins_of_equal_mass() -> None:
     assert calibration_error(probabilities, labels, once)[0] == pytest.approx(by_hand)
     assert calibration_error(labels.astype(float), labels, once)[0] == 0
     half = np.arange(100) % 2
+    tied = np.full(100, 0.5)
+    assert calibration_error(tied, half, once)[0] == 0
+    assert calibration_error(tied, np.sort(half), once)[0] == 0
     assert calibration_error(1.0 - half, half, once)[0] == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from site_home import film
+from test_training_data import write_manifest
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured
@@ -28,7 +30,7 @@ from training.fit import FitSettings, divide, film_weights, fit, parameter_group
 from training.loader import Drawn
 from training.metrics import Cases
 from training.publish import publish_bundled
-from training.sources import fracatlas
+from training.sources import fracatlas, read
 from training.start import settings_for, state_of
 
 TINY = FitSettings(
@@ -169,8 +171,8 @@ def test_no_patient_stands_on_both_sides(seed: int) -> None:
     ]
     settings = FitSettings(seed=seed, aside=0.34)
     train, aside = divide(films, ["1"], settings)
-    assert sorted(train + aside) == [n for n, film in enumerate(films) if film.split == "0"]
-    assert not {films[n].patient for n in train} & {films[n].patient for n in aside}
+    assert {film.study for film in train + aside} == {f.study for f in films if f.split == "0"}
+    assert not {film.patient for film in train} & {film.patient for film in aside}
     assert divide(films, ["1"], settings) == (train, aside)
     assert divide(films, ["1"], replace(settings, patience=None)).aside == ()
 
@@ -196,23 +198,50 @@ def test_a_loss_that_is_no_number_ends_the_run(atlas: Path, tmp_path: Path) -> N
 def test_a_film_is_drawn_alike_whoever_draws_it(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (4, 40, 40), np.uint8)
     np.save(tmp_path / "films.npy", pixels)
-    one = Drawn(tmp_path / "films.npy", (0, 1, 2, 3), 1.0, seed=5)
-    other = Drawn(tmp_path / "films.npy", (3, 1), 1.0, seed=5)
+    one = Drawn(tmp_path / "films.npy", 1.0, seed=5)
     one.begin(2, 32)
-    other.begin(2, 32)
+    other = copy.deepcopy(one)
+    last = other[3]
     torch.manual_seed(99)
-    assert one[3].shape == (32, 32)
-    assert torch.equal(one[3], other[0])
-    assert torch.equal(one[1], copy.deepcopy(other)[1])
+    assert last.shape == (32, 32)
+    assert torch.equal(one[3], last)
     other.begin(3, 32)
     assert not torch.equal(one[1], other[1])
 
 
-def test_what_a_network_starts_with(tmp_path: Path) -> None:
+def test_a_film_that_cannot_be_read_is_named_and_leaves_no_run(tmp_path: Path) -> None:
+    file = write_manifest(tmp_path)
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:-300])
+    tiny = replace(TINY, patience=None, batch=2)
+    with pytest.raises(Misconfigured, match=r"manifest\.csv:4: 2\.png: the image is cut off"):
+        fit(read(file), tmp_path / "run", tiny)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(Misconfigured, match="No film is in the split vaild; splits: 0"):
+        fit(read(file), tmp_path / "run", tiny, held_out=["vaild"])
+    with pytest.raises(Misconfigured, match="less than a batch of 16"):
+        fit(read(file), tmp_path / "run", replace(tiny, batch=16))
+    with pytest.raises(Misconfigured, match="nonsense"):
+        fit(read(file), tmp_path / "run", tiny, device="nonsense")
+
+
+def test_a_damaged_run_folder_says_what_to_do(atlas: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "network.pt").unlink()
+    (run / "state.pt").write_bytes(b"PK damaged")
+    with pytest.raises(Misconfigured, match=r"state\.pt is damaged: remove it"):
+        fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
+    (run / "run.json").write_text("{}")
+    with pytest.raises(Misconfigured, match=r"run\.json is damaged"):
+        fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
+
+
+def test_what_a_network_starts_with(whole: Path, tmp_path: Path) -> None:
     assert state_of("nothing") is None
     assert settings_for("nothing").head_epochs == 0
     assert settings_for("bundled").preprocessing == bundled_card(Area.XR_HAND).preprocessing
     assert settings_for("imagenet").preprocessing == Preprocessing()
+    assert settings_for(str(whole / "network.pt")).preprocessing == TINY.preprocessing
     bundled = state_of("bundled")
     assert bundled is not None
     torch.save(bundled, tmp_path / "network.pt")
@@ -222,7 +251,16 @@ def test_what_a_network_starts_with(tmp_path: Path) -> None:
     assert torch.equal(weights["classifier.bias"], bundled["classifier.bias"])
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("no network")
-    for name, told in (("other.pt", "another network"), ("text.pt", "no network's state")):
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save(bundled | {"classifier.bias": torch.zeros(7)}, tmp_path / "shape.pt")
+    for name, told in (
+        ("other.pt", "another network"),
+        ("shape.pt", "another network"),
+        ("text.pt", "no network's state"),
+        ("empty.pt", "no network's state"),
+        ("list.pt", "no tensors by name"),
+    ):
         with pytest.raises(Misconfigured, match=told):
             state_of(str(tmp_path / name))
     with pytest.raises(Misconfigured, match="takes nothing, imagenet"):

@@ -110,7 +110,12 @@ def test_what_muras_tables_get_wrong_is_told_with_file_and_line(mura: Path) -> N
         ):
             stream.write(f"MURA-v1.1/train/{path}\n")
         stream.write("MURA-v1.1/train/XR_FOOT/patient1/study1_negative/a.png\n")
+    with labels.open("a") as stream:
+        stream.write("\nMURA-v1.1/train/XR_HAND/patient99999/study1_positive/,1\n")
+    (mura / "train/XR_HAND/patient00003/study1_negative/more.png").touch()
     found = problems(read(mura))
+    assert any("patient99999/study1_positive has no image" in one for one in found)
+    assert any(" images of the tree are not listed" in one for one in found)
     assert "train_labeled_studies.csv:2: the label '2' is neither 0 nor 1" in found
     assert any(f.startswith("train_labeled_studies.csv:15: ") and " 0 at " in f for f in found)
     assert any(
@@ -233,19 +238,32 @@ def test_dicom_files_get_their_labels_by_study_or_accession(tmp_path: Path) -> N
                 PatientID="Doe^Jane",
             )
     labels = tmp_path / "labels.csv"
-    labels.write_text("study,label\n2.25.0,1\nA2,0\nA3,1\nA9,1\n")
+    labels.write_text("study,label\n2.25.0,1\nA2,0\nA3,1\nA9,1\n2.25.0,1\n")
     data = read(tmp_path / "files", labels)
-    assert [(f.study, f.area, f.label) for f in data.films] == [
+    assert [(f.study, f.area, f.label) for f in data.films[:4]] == [
         ("2.25.0", "XR_HAND", 1),
         ("2.25.0", "XR_HAND", 1),
         ("2.25.1", "XR_WRIST", 0),
         ("2.25.1", "XR_WRIST", 0),
     ]
-    (patient,) = {f.patient for f in data.films}
-    assert "Doe" not in patient
+    assert {f.patient for f in data.films} == {"p1"}
     found = problems(data)
     assert sum("labels.csv:4: 2" in one for one in found) == 2  # both chest films
     assert any("labels.csv:5: no file" in one and "A9" in one for one in found)
+    assert any("labels.csv:6: 00.dcm stands at" in one for one in found)
+    labels.write_text("study,label,area\n2.25.2,1,XR_HAND\n")
+    data = read(tmp_path / "files", labels)
+    assert (data.films, len(data.problems)) == ((), 2)  # a chest stays a chest
+    made_dicom.write(
+        tmp_path / "files/other.dcm",
+        random.integers(0, 4000, (40, 40), np.uint16),
+        StudyInstanceUID="2.25.77",
+        SOPInstanceUID="2.25.78",
+        AccessionNumber="A1",
+        BodyPartExamined="HAND",
+    )
+    labels.write_text("study,label\nA1,1\n")
+    assert "labels.csv:2: 2 studies have the study A1" in problems(read(tmp_path / "files", labels))
 
 
 def test_a_sites_labels_lead_to_the_films_that_it_scored(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def _show(found: DataReport) -> None:
         of_split = [count for count in found.counts if count.split == split]
         several = found.several_areas.get(split, 0)
         click.echo(
-            f"{split or 'no split'}: {sum(c.studies for c in of_split)} studies,"
+            f"{split or 'no split'}: {found.studies[split]} studies,"
             f" {sum(c.images for c in of_split)} images, {several} patients in more than one area"
         )
     click.echo("\nquantiles (0, 5, 50, 95, 100 %)")
@@ -152,10 +152,13 @@ def evaluate_command(
     from training.evaluation_report import write_report  # noqa: PLC0415 - matplotlib likewise
 
     click.echo(NOTICE, err=True)
-    data = read(path, labels).checked()
+    data = read(path, labels).checked().has_splits([] if split is None else [split])
     films = [film for film in data.films if split is None or film.split == split]
+    folder.mkdir(parents=True, exist_ok=True)
     found = evaluate_areas(films, area or tuple(Area), home, weights)
-    write_report(folder, found)
+    if others := {card.target for card in found.cards.values()} - {data.target}:
+        click.echo(f"these labels say {data.target}, the weights {' and '.join(others)}", err=True)
+    write_report(folder, found, {"data": str(path), "split": split, "target": data.target})
     for one in found.evaluations:
         if one.level == "study" and one.stratum == "all":
             auc = one.figures["roc_auc"]
@@ -237,6 +240,9 @@ def main() -> None:
         training(prog_name="python -m training", standalone_mode=True)
     except MuraError as exc:
         click.echo(f"python -m training: {exc}", err=True)
+        sys.exit(1)
+    except OSError as exc:
+        click.echo(f"python -m training: {exc.filename or ''}: {exc.strerror or exc}", err=True)
         sys.exit(1)
 
 

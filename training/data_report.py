@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -85,12 +84,14 @@ class DataReport:
     """What :func:`survey` found.
 
     Attributes:
+        studies: by split; one of several areas is counted once.
         several_areas: patients with films of more than one area, by split.
         quantiles: of the films' figures, at 0, 5, 50, 95 and 100 %.
     """
 
     target: str
     counts: tuple[Count, ...]
+    studies: dict[str, int]
     several_areas: dict[str, int]
     problems: tuple[str, ...]
     unreadable: tuple[str, ...]
@@ -105,15 +106,16 @@ class DataReport:
 
 def survey(data: Dataset, workers: int | None = None) -> DataReport:
     """Look at every film of a data set; the order of what is reported is that of the data."""
-    looks = list(_looked_at(data.films, workers or len(os.sched_getaffinity(0))))
+    looks = list(_looked_at(data.films, workers))
     seen = [(film, look) for film, look in zip(data.films, looks, strict=True) if not look.error]
     return DataReport(
         target=data.target,
         counts=tuple(_counts(data.films)),
+        studies=_studies(data.films),
         several_areas=_several_areas(data.films),
         problems=tuple(f"{one.where}: {one.what}" for one in data.all_problems()),
         unreadable=tuple(
-            f"{film.where}: {film.path.name}: {look.error}"
+            f"{film.where}: {film.name}: {look.error}"
             for film, look in zip(data.films, looks, strict=True)
             if look.error
         ),
@@ -158,7 +160,7 @@ def difference_hash(film: NDArray[np.uint8]) -> str:
     return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()
 
 
-def _looked_at(films: Sequence[Film], workers: int) -> Iterator[Look]:
+def _looked_at(films: Sequence[Film], workers: int | None) -> Iterator[Look]:
     places = [(film.path, film.frame) for film in films]
     told = tqdm(total=len(places), desc="looking at films", disable=None)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, told:
@@ -182,6 +184,10 @@ def _counts(films: Iterable[Film]) -> Iterator[Count]:
         positive = sum(studies.values())
         negative = len(studies) - positive
         yield Count(split, area, patients, len(studies), negative, positive, len(members))
+
+
+def _studies(films: Iterable[Film]) -> dict[str, int]:
+    return dict(sorted(Counter(split for split, _ in {(f.split, f.study) for f in films}).items()))
 
 
 def _several_areas(films: Iterable[Film]) -> dict[str, int]:
@@ -214,10 +220,10 @@ def _quantiles(looks: Sequence[Look]) -> dict[str, tuple[float, ...]]:
 
 def _duplicates(seen: Sequence[tuple[Film, Look]]) -> Iterator[Group]:
     """Yield groups of one content, then groups that are alike and not all of one content."""
-    by_content: defaultdict[str, list[Film]] = defaultdict(list)
+    by_content: defaultdict[tuple[str, int], list[Film]] = defaultdict(list)
     by_hash: defaultdict[str, list[tuple[Film, Look]]] = defaultdict(list)
     for film, look in seen:
-        by_content[look.sha256].append(film)
+        by_content[look.sha256, film.frame].append(film)
         by_hash[look.hash].append((film, look))
     for films in by_content.values():
         if len(films) > 1:
@@ -227,7 +233,7 @@ def _duplicates(seen: Sequence[tuple[Film, Look]]) -> Iterator[Group]:
     for name, number in zip(hashes, alike(hashes), strict=True):
         members[number] += by_hash[name]
     for group in members.values():
-        if len({look.sha256 for _, look in group}) > 1:
+        if len({(look.sha256, film.frame) for film, look in group}) > 1:
             yield _group([film for film, _ in group], exact=False)
 
 
@@ -238,7 +244,7 @@ def _group(films: Sequence[Film], *, exact: bool) -> Group:
         "labels": {film.label for film in films},
     }
     across = tuple(name for name, values in sides.items() if len(values) > 1)
-    return Group(exact, tuple(film.where for film in films), across)
+    return Group(exact, tuple(f"{film.where}: {film.name}" for film in films), across)
 
 
 def alike(hashes: Sequence[str]) -> list[int]:
@@ -249,10 +255,11 @@ def alike(hashes: Sequence[str]) -> list[int]:
         return []
     words = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint64).reshape(len(hashes), -1)
     numbers = np.arange(len(hashes))
+    # One quarter of a hash tells most pairs apart: the one that says most, not the black rim.
+    quarter = words[:, np.argmax([len(np.unique(column)) for column in words.T])]
     for start in range(0, len(hashes), _CHUNK):
-        # The first quarter of a hash tells most pairs apart.
-        first = np.bitwise_count(words[start : start + _CHUNK, None, 0] ^ words[None, start:, 0])
-        one, other = (found + start for found in np.nonzero(first <= _ALIKE))
+        near = np.bitwise_count(quarter[start : start + _CHUNK, None] ^ quarter[None, start:])
+        one, other = (found + start for found in np.nonzero(near <= _ALIKE))
         bits = np.bitwise_count(words[one] ^ words[other]).sum(axis=1, dtype=np.int64)
         numbers = _joined(numbers, one[bits <= _ALIKE], other[bits <= _ALIKE])
     return numbers.tolist()

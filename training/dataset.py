@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, Rejected, Transient
 
 _MOST_TOLD = 5
 
@@ -72,6 +73,23 @@ class Film:
     weight: float = 1.0
     where: str = ""
 
+    @property
+    def name(self) -> str:
+        """The file's name, and the frame where it is not the first."""
+        return f"{self.path.name} frame {self.frame}" if self.frame else self.path.name
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Say which film it is that cannot be read.
+
+        Raises:
+            Misconfigured: with its file and line.
+        """
+        try:
+            yield
+        except (Rejected, Transient, OSError) as exc:
+            raise Misconfigured(f"{self.where}: {self.name}: {exc}") from exc
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -104,6 +122,11 @@ class Dataset:
             yield from _contradictions(labels, "labels")
         splits = ((f"patient {f.patient}", f.split or "none", f) for f in self.films)
         yield from _contradictions(splits, "splits")
+        seen: dict[tuple[Path, int, str], Film] = {}
+        for film in self.films:
+            first = seen.setdefault((film.path, film.frame, film.area), film)
+            if first is not film:
+                yield Problem(film.where, f"{film.name} stands at {first.where} already")
 
     def checked(self) -> Dataset:
         """Return this data set.
@@ -118,6 +141,18 @@ class Dataset:
             raise Misconfigured(told + (f"; and {more} more" if more > 0 else ""))
         if not self.films:
             raise Misconfigured("There are no films in this data.")
+        return self
+
+    def has_splits(self, names: Iterable[str]) -> Dataset:
+        """Return this data set.
+
+        Raises:
+            Misconfigured: it has no film in one of these splits.
+        """
+        there = {film.split for film in self.films}
+        if missing := sorted(set(names) - there):
+            splits = ", ".join(sorted(there - {""})) or "none"
+            raise Misconfigured(f"No film is in the split {', '.join(missing)}; splits: {splits}.")
         return self
 
     def only(self, areas: Iterable[str]) -> Dataset:

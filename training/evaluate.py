@@ -15,6 +15,7 @@ from mura_batch.area import Area
 from mura_batch.config import load as load_settings
 from mura_batch.errors import Misconfigured
 from mura_batch.network import EvidenceNet
+from mura_batch.network_input import Luminance, NetworkInput
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime, load
@@ -81,8 +82,7 @@ def evaluate_areas(
     ``digest``; without a home the bundled ones.
 
     Raises:
-        Misconfigured: there are no films of these areas, or no such weights.
-        UnreadableImage, Transient: a film cannot be read.
+        Misconfigured: there are no films of these areas, no such weights, or a film cannot be read.
     """
     scores: dict[str, list[FilmScore]] = {}
     cards: dict[str, Card] = {}
@@ -128,12 +128,12 @@ def score_films(runtime: Runtime, films: Sequence[Film], spec: Preprocessing) ->
     """Score films as the product does.
 
     Raises:
-        UnreadableImage, Transient: a film cannot be read.
+        Misconfigured: a film cannot be read.
     """
     scores: list[FilmScore] = []
     for start in tqdm(range(0, len(films), _BATCH), desc="scoring", disable=None):
         some = films[start : start + _BATCH]
-        read = [read_film(film.path, film.frame, spec) for film in some]
+        read = [_read(film, spec) for film in some]
         found = Inference.joined(runtime.infer(np.stack([seen.pixels for _, seen in read])))
         for film, (luminance, seen), logit, evidence in zip(
             some, read, found.logits, found.maps, strict=True
@@ -142,6 +142,11 @@ def score_films(runtime: Runtime, films: Sequence[Film], spec: Preprocessing) ->
             where = localise(evidence, film.boxes, seen.box, size) if film.boxes else None
             scores.append(FilmScore(film, float(logit), where))
     return scores
+
+
+def _read(film: Film, spec: Preprocessing) -> tuple[Luminance, NetworkInput]:
+    with film.named():
+        return read_film(film.path, film.frame, spec)
 
 
 def evaluate(scores: Sequence[FilmScore], card: Card, area: str) -> list[Evaluation]:

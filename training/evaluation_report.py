@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,21 +23,26 @@ from training.metrics import Cases
 _COLUMNS = ("area", "level", "stratum", "count", "positive", "figure", "value", "low", "high")
 
 
-def write_report(folder: Path, found: Findings) -> None:
-    """Write ``evaluation.json``, ``evaluation.csv``, ``films.csv`` and ``report.html``."""
+def write_report(folder: Path, found: Findings, about: Mapping[str, str | None]) -> None:
+    """Write ``evaluation.json``, ``evaluation.csv``, ``films.csv`` and ``report.html``.
+
+    ``about`` says what was measured on; it goes into the JSON.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     told = {
         "notice": NOTICE,
+        **about,
         "weights": {area: card.sha256 for area, card in found.cards.items()},
         "evaluations": [asdict(evaluation) for evaluation in found.evaluations],
     }
     _write(folder / "evaluation.json", json.dumps(told, indent=1))
     _write(folder / "evaluation.csv", _csv(_COLUMNS, _rows(found.evaluations)))
     films = [
-        (one.film.where, one.film.study, one.film.patient, one.film.area, one.film.label, one.logit)
+        (f.where, f.name, f.study, f.patient, f.area, f.label, one.logit)
         for one in found.scores
+        for f in (one.film,)
     ]
-    names = ("where", "study", "patient", "area", "label", "logit")
+    names = ("where", "film", "study", "patient", "area", "label", "logit")
     _write(folder / "films.csv", _csv(names, films))
     _write(folder / "report.html", _html(found))
 

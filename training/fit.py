@@ -2,8 +2,9 @@
 
 A run folder holds all that repeats a run and all that resumes it: ``run.json`` (settings, data
 digest, versions), ``state.pt`` (after each epoch), ``best.pt``, ``log.csv``, TensorBoard's events,
-and at the end ``network.pt``. A run that was cut off goes on after its last whole epoch, on a CPU
-to the same network bit by bit.
+and at the end ``network.pt``; prepared films are kept in ``films`` beside it. A run that was cut
+off goes on after its last whole epoch, on a CPU with as many threads to the same network bit by
+bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import io
 import json
 import math
+import pickle
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,9 +34,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mura_batch.atomic import write_atomic
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, Transient
 from mura_batch.network import EvidenceNet, normalise
 from mura_batch.preprocessing import Preprocessing
+from mura_batch.runtime.torch_runtime import find_device
 from mura_batch.weights import sha256_of
 from training.dataset import Dataset, Film
 from training.loader import Drawn, prepared
@@ -111,58 +114,75 @@ def fit(
     was cut off, that goes on; ``stop_after`` epochs cuts it off on purpose.
 
     Raises:
-        Misconfigured: the data has problems or one label only, the folder holds another run, or
-            the loss is no number.
-        UnreadableImage, Transient: a film cannot be read, or the disk is full.
+        Misconfigured: the data has problems or one label only, a film cannot be read, the device
+            is not here, the folder holds another run, or the loss is no number.
+        Transient: the disk is full.
     """
-    films = data.checked().films
-    sides = divide(films, held_out, settings)
+    device = find_device(device)
+    sides = divide(data.checked().has_splits(held_out).films, held_out, settings)
+    inputs = _prepare(sides, settings.preprocessing, run.parent / "films")
     torch.use_deterministic_algorithms(device == "cpu")
     torch.manual_seed(settings.seed)
     network = EvidenceNet()
     if start is not None:
         network.load_state_dict(start, strict=False)
-    _describe(run, settings, (films, sides, held_out), _digest(network.state_dict()))
+    _describe(run, settings, sides, held_out, _digest(network.state_dict()))
     if (run / "network.pt").exists():
         return
-    trainer = _Trainer(network.to(device), settings, films, sides, run=run, workers=workers)
+    trainer = _Trainer(network.to(device), settings, sides, inputs, run=run, workers=workers)
     trainer.train(stop_after)
 
 
 class Sides(NamedTuple):
-    """Numbers of the films that are trained on, and of those that the epoch is chosen by."""
+    """The films that are trained on, and those that the epoch is chosen by."""
 
-    train: tuple[int, ...]
-    aside: tuple[int, ...]
+    train: tuple[Film, ...]
+    aside: tuple[Film, ...]
+
+
+class _Inputs(NamedTuple):
+    """Files of both sides' films; None where nobody is kept aside."""
+
+    train: Path
+    aside: Path | None
+
+
+def _prepare(sides: Sides, spec: Preprocessing, cache: Path) -> _Inputs:
+    return _Inputs(
+        prepared(sides.train, spec, cache, headroom=True),
+        prepared(sides.aside, spec, cache) if sides.aside else None,
+    )
 
 
 def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettings) -> Sides:
     """Return the two sides; no patient stands on both.
 
     Raises:
-        Misconfigured: one of them would have one label only.
+        Misconfigured: one of them would have one label only, or no batch of films.
     """
-    numbers = np.array([n for n, film in enumerate(films) if film.split not in held_out], int)
-    labels = np.array([films[n].label for n in numbers], int)
-    aside = np.array([], int)
+    kept = np.array([film for film in films if film.split not in held_out], object)
+    labels = np.array([film.label for film in kept], int)
+    aside = np.zeros(len(kept), bool)
     if settings.patience is not None:
-        patients = [films[n].patient for n in numbers]
+        patients = [film.patient for film in kept]
         parts = max(2, round(1 / settings.aside))
-        fewest = min(
-            len({films[n].patient for n in numbers if films[n].label == label}) for label in (0, 1)
-        )
+        fewest = min(len({f.patient for f in kept if f.label == label}) for label in (0, 1))
         if fewest < parts:
             raise Misconfigured(
                 f"{fewest} patients of one label are too few to keep one in {parts} aside: give"
-                " more films, or choose no epoch."
+                " more films."
             )
         folds = StratifiedGroupKFold(parts, shuffle=True, random_state=settings.seed)
-        aside = next(folds.split(numbers, labels, patients))[1]
-    kept = np.setdiff1d(np.arange(len(numbers)), aside)
-    for side, purpose in ((kept, "train on"), (aside, "choose the epoch by")):
-        if len(set(labels[side])) < 2 and (purpose == "train on" or len(side)):  # noqa: PLR2004
+        aside[next(folds.split(kept, labels, patients))[1]] = True
+    for side, purpose in ((~aside, "train on"), (aside, "choose the epoch by")):
+        if (side.any() and len(set(labels[side])) < 2) or not (~aside).any():  # noqa: PLR2004 - both
             raise Misconfigured(f"The films to {purpose} do not have both labels: give more films.")
-    return Sides(tuple(numbers[kept].tolist()), tuple(numbers[aside].tolist()))
+    if (~aside).sum() < settings.batch:
+        raise Misconfigured(
+            f"{(~aside).sum()} films to train on are less than a batch of {settings.batch}: give"
+            " more films."
+        )
+    return Sides(tuple(kept[~aside]), tuple(kept[aside]))
 
 
 class _Epoch(NamedTuple):
@@ -177,8 +197,8 @@ class _Trainer:
         self,
         network: EvidenceNet,
         settings: FitSettings,
-        films: Sequence[Film],
         sides: Sides,
+        inputs: _Inputs,
         *,
         run: Path,
         workers: int,
@@ -190,13 +210,10 @@ class _Trainer:
         self._device = next(network.parameters()).device
         average = get_ema_multi_avg_fn(settings.average)  # type: ignore[no-untyped-call]
         self._average = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-        spec, cache = settings.preprocessing, run.parent / "films"
-        every = prepared(films, spec, cache, headroom=True)
-        self._drawn = Drawn(every, sides.train, settings.augmentation, settings.seed)
-        self._labels = np.array([films[n].label for n in sides.train])
-        self._weights = film_weights([films[n] for n in sides.train], settings.imbalance)
-        self._aside = [films[n] for n in sides.aside]
-        self._seen = prepared(self._aside, spec, cache) if self._aside else None
+        self._drawn = Drawn(inputs.train, settings.augmentation, settings.seed)
+        self._labels = np.array([film.label for film in sides.train])
+        self._weights = film_weights(sides.train, settings.imbalance)
+        self._aside, self._seen = sides.aside, inputs.aside
         self._plan = [_Epoch("head", settings.epochs[0][0])] * settings.head_epochs
         self._plan += [_Epoch("all", size) for size, count in settings.epochs for _ in range(count)]
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.precision == "fp16")
@@ -206,7 +223,7 @@ class _Trainer:
     def train(self, stop_after: int | None) -> None:
         """Go on to the end, or to the epoch ``stop_after``."""
         self._resume()
-        with SummaryWriter(self._run, purge_step=len(self._history)) as board:
+        with SummaryWriter(self._run, purge_step=len(self._history) + 1) as board:
             while not self._ended() and len(self._history) != stop_after:
                 told = self._epoch(len(self._history))
                 for name, value in told.items():
@@ -247,8 +264,8 @@ class _Trainer:
         self._history.append(told)
         if self._best() == number:
             _save(self._state(), self._run / "best.pt")
-        _save(self._everything(), self._run / "state.pt")
         _write_log(self._run / "log.csv", self._history)
+        _save(self._everything(), self._run / "state.pt")
         return told
 
     def _begin(self, phase: Phase) -> None:
@@ -348,7 +365,10 @@ class _Trainer:
         file = self._run / "state.pt"
         if not file.exists():
             return
-        state = torch.load(file, weights_only=True, map_location=self._device)
+        try:
+            state = torch.load(file, weights_only=True, map_location=self._device)
+        except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as exc:
+            raise Misconfigured(f"{file} is damaged: remove it to begin this run again.") from exc
         self._network.load_state_dict(state["network"])
         self._average.load_state_dict(state["average"])
         self._begin(state["phase"])
@@ -437,43 +457,43 @@ def study_auc(films: Sequence[Film], logits: Sequence[float]) -> float:
 
 
 def _describe(
-    run: Path,
-    settings: FitSettings,
-    data: tuple[Sequence[Film], Sides, Collection[str]],
-    start: str,
+    run: Path, settings: FitSettings, sides: Sides, held_out: Collection[str], start: str
 ) -> None:
     """Write what the run is made of, or hold it against what is there.
 
     Raises:
         Misconfigured: the folder holds another run.
     """
-    films, sides, held_out = data
     told = {
         "settings": asdict(settings),
         "start": start,
-        "data": data_digest([films[n] for n in (*sides.train, *sides.aside)]),
+        "data": data_digest([*sides.train, *sides.aside]),
         "held_out": sorted(held_out),
         "films": len(sides.train),
         "aside": len(sides.aside),
         "versions": {name: version(name) for name in ("mura-batch", "torch", "torchvision")}
         | {"python": platform.python_version()},
+        "threads": torch.get_num_threads(),
     }
     text = json.dumps(told, indent=1)
     file = run / "run.json"
-    if file.exists():
+    if not file.exists():
+        write_atomic(file, lambda stream: stream.write(text.encode()))
+        return
+    try:
         before = json.loads(file.read_text(encoding="utf-8"))
         here = json.loads(text)
         differing = [name for name in ("settings", "start", "data") if before[name] != here[name]]
-        if differing:
-            raise Misconfigured(
-                f"{run} holds another run ({', '.join(differing)} differ): name another folder."
-            )
-        return
-    write_atomic(file, lambda stream: stream.write(text.encode()))
+    except (ValueError, KeyError, TypeError) as exc:
+        raise Misconfigured(f"{file} is damaged: name another folder.") from exc
+    if differing:
+        raise Misconfigured(
+            f"{run} holds another run ({', '.join(differing)} differ): name another folder."
+        )
 
 
 def data_digest(films: Sequence[Film]) -> str:
-    """Return a digest of the films' contents, labels and sides, in their order."""
+    """Return a digest of the films' contents and labels, in their order."""
     digest = hashlib.sha256()
     for film in films:
         content = sha256_of(film.path)
@@ -498,4 +518,15 @@ def _write_log(file: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def _save(state: object, target: Path) -> None:
-    write_atomic(target, lambda stream: torch.save(state, stream))
+    """Write a state whole or not at all.
+
+    Raises:
+        Transient: the disk is full.
+    """
+    try:
+        write_atomic(target, lambda stream: torch.save(state, stream))
+    except (OSError, RuntimeError) as exc:
+        raise Transient(
+            f"{target} cannot be written ({str(exc).splitlines()[0]}): make room; the same command"
+            " goes on after the last whole epoch."
+        ) from exc

@@ -32,7 +32,7 @@ def prepared(
     is not there yet; its name says of which films and how.
 
     Raises:
-        UnreadableImage, Transient: a film cannot be read, or the file not be written.
+        Misconfigured: a film cannot be read.
     """
     if headroom:
         spec = replace(spec, size=round(spec.size * _HEADROOM))
@@ -42,7 +42,8 @@ def prepared(
         folder.mkdir(parents=True, exist_ok=True)
         pixels = np.empty((len(films), spec.size, spec.size), np.uint8)
         for number, film in enumerate(tqdm(films, desc="reading films", disable=None)):
-            pixels[number] = read_film(film.path, film.frame, spec)[1].pixels
+            with film.named():
+                pixels[number] = read_film(film.path, film.frame, spec)[1].pixels
         write_atomic(file, lambda stream: np.save(stream, pixels))
     return file
 
@@ -53,15 +54,15 @@ def _identity(film: Film) -> tuple[object, ...]:
 
 
 class Drawn(torch.utils.data.Dataset[Tensor]):
-    """Augmented films, uint8 (size, size), of the ``numbers`` of a file of prepared ones.
+    """Augmented films, uint8 (size, size), of a file of prepared ones.
 
     What a film becomes depends on the seed, the epoch and its number alone: not on the order, nor
     on which process draws it.
     """
 
-    def __init__(self, file: Path, numbers: Sequence[int], strength: float, seed: int) -> None:
+    def __init__(self, file: Path, strength: float, seed: int) -> None:
         self._file = file
-        self._numbers = numbers
+        self._count = len(np.load(file, mmap_mode="r"))
         self._strength = strength
         self._seed = seed
         self._epoch = 0
@@ -74,15 +75,15 @@ class Drawn(torch.utils.data.Dataset[Tensor]):
         self._change = augmentation(size, self._strength)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self._count
 
     def __getitem__(self, index: int) -> Tensor:
         if self._pixels is None:
             self._pixels = np.load(self._file, mmap_mode="r")
-        number = self._numbers[index]
-        film = torch.from_numpy(np.array(self._pixels[number]))[None]
+        film = torch.from_numpy(np.array(self._pixels[index]))[None]
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(hash((self._seed, self._epoch, number)))
+            told = np.random.SeedSequence((self._seed, self._epoch, index))
+            torch.manual_seed(int(told.generate_state(1)[0]))
             changed: Tensor = self._change(film)
         return changed[0]
 

@@ -156,14 +156,14 @@ def calibration_error(probabilities: Floats, labels: Labels, weights: Floats) ->
     """Return the expected calibration error over ten bins of equal mass.
 
     Source: Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI
-    2015; a case lies in the bin that the middle of its mass lies in.
+    2015; cases of one probability lie together in the bin of the middle of their mass.
     """
-    order = np.argsort(probabilities, kind="stable")
-    weights = weights[:, order]
-    total = weights.sum(axis=1, keepdims=True)
-    middle = (np.cumsum(weights, axis=1) - weights / 2) / total
+    levels, rank = np.unique(probabilities, return_inverse=True)
+    mass = _by_rank(weights, rank)
+    gap = mass * levels - _by_rank(weights * labels, rank)
+    total = mass.sum(axis=1, keepdims=True)
+    middle = (np.cumsum(mass, axis=1) - mass / 2) / total
     bins = np.minimum((middle * _BINS).astype(np.int64), _BINS - 1)
-    gap = weights * (probabilities - labels)[order]
     value = np.zeros(len(weights))
     for number in range(_BINS):
         value += np.abs(np.where(bins == number, gap, 0.0).sum(axis=1))

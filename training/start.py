@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,22 +15,25 @@ from torch import Tensor
 from torchvision.models import DenseNet121_Weights, densenet121
 
 from mura_batch.area import Area
-from mura_batch.errors import Misconfigured, Transient
-from mura_batch.network import EvidenceNet
-from mura_batch.weights import bundled_card, load_bundled
+from mura_batch.errors import Misconfigured, Transient, WeightsRefused
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.weights import bundled_card, fitted, load_bundled, read_card
 from training.fit import FROM_NOTHING, FitSettings
+
+_DAMAGED = (pickle.UnpicklingError, SafetensorError)
 
 
 def settings_for(start: str) -> FitSettings:
     """Return the settings to train with by default: the whole way from nothing, else two phases.
 
-    What begins with the bundled weights keeps their preprocessing.
+    Weights keep the preprocessing that the card (``FILE.json``) or the run beside them states.
     """
     if start == "nothing":
         return FROM_NOTHING
     if start == "bundled":
         return FitSettings(preprocessing=bundled_card(Area.XR_HAND).preprocessing)
-    return FitSettings()
+    spec = None if start == "imagenet" else _preprocessing_of(Path(start))
+    return FitSettings() if spec is None else FitSettings(preprocessing=spec)
 
 
 def state_of(start: str) -> Mapping[str, Tensor] | None:
@@ -47,13 +51,7 @@ def state_of(start: str) -> Mapping[str, Tensor] | None:
         return _imagenet()
     if start == "bundled":
         return load_bundled(Area.XR_HAND)[0].state_dict()
-    state = _of_file(Path(start))
-    problems = EvidenceNet().load_state_dict(state, strict=False)
-    missing = [name for name in problems.missing_keys if "num_batches_tracked" not in name]
-    if missing or problems.unexpected_keys:
-        names = ", ".join([*missing, *problems.unexpected_keys][:3])
-        raise Misconfigured(f"{start} holds another network than DenseNet-121 ({names}, …).")
-    return state
+    return _of_file(Path(start))
 
 
 def _imagenet() -> Mapping[str, Tensor]:
@@ -69,14 +67,34 @@ def _imagenet() -> Mapping[str, Tensor]:
 def _of_file(file: Path) -> Mapping[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            return {name: tensor.float() for name, tensor in load_file(file).items()}
-        state: Mapping[str, Tensor] = torch.load(file, weights_only=True, map_location="cpu")
+            state = load_file(file)
+        else:
+            state = torch.load(file, weights_only=True, map_location="cpu")
     except FileNotFoundError as exc:
         raise Misconfigured(
             f"{file}: no such file; --start takes nothing, imagenet, bundled, or a file."
         ) from exc
-    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as exc:
+    except (EOFError, OSError, RuntimeError, ValueError, *_DAMAGED) as exc:
         raise Misconfigured(
             f"{file} is no network's state: give one that torch or safetensors wrote."
         ) from exc
-    return state
+    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
+    if not (named and all(isinstance(tensor, Tensor) for tensor in state.values())):
+        raise Misconfigured(f"{file} holds no tensors by name: give a network's state.")
+    try:
+        return fitted(state).state_dict()
+    except WeightsRefused as exc:
+        raise Misconfigured(f"{file} holds another network: {exc}") from exc
+
+
+def _preprocessing_of(file: Path) -> Preprocessing | None:
+    """Return how a file's network wants its input, as its card or its run beside it says."""
+    if file.with_suffix(".json").is_file():
+        return read_card(file.with_suffix(".json")).preprocessing
+    if (run := file.with_name("run.json")).is_file():
+        try:
+            told = json.loads(run.read_text(encoding="utf-8"))["settings"]["preprocessing"]
+            return Preprocessing(**told | {n: tuple(told[n]) for n in ("mean", "std")})
+        except (ValueError, KeyError, TypeError) as exc:
+            raise Misconfigured(f"{run} is damaged: it should say how {file} sees films.") from exc
+    return None

@@ -6,8 +6,6 @@ area of its study; the areas are those that scoring would decide on.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,15 +28,18 @@ def read(folder: Path, labels: Path) -> Dataset:
         Misconfigured: the folder holds no DICOM file, or the table cannot be read.
     """
     problems: list[Problem] = []
+    patients = Patients()
     studies, names = _studies(folder, problems)
     if not studies:
         raise Misconfigured(f"{folder} holds no DICOM file.")
 
     def films_of(row: Row) -> Iterator[Film]:
-        uid = names.get(row.need("study"))
-        if uid is None:
-            raise ValueError(f"no file in {folder} is of the study {row['study']}")
-        return _films(studies[uid], uid, row, problems)
+        found = names.get(row.need("study"), set())
+        if len(found) != 1:
+            many = f"{len(found)} studies have" if found else f"no file in {folder} is of"
+            raise ValueError(f"{many} the study {row['study']}")
+        (uid,) = found
+        return _films(studies[uid], uid, row, patients, problems)
 
     films, wrong = gather(read_table(labels, ("study", "label")), films_of)
     return Dataset(tuple(films), (*problems, *wrong))
@@ -46,10 +47,10 @@ def read(folder: Path, labels: Path) -> Dataset:
 
 def _studies(
     folder: Path, problems: list[Problem]
-) -> tuple[dict[str, list[SourceFile]], dict[str, str]]:
-    """Return the files of each study UID, and the UID that each UID and accession leads to."""
+) -> tuple[dict[str, list[SourceFile]], dict[str, set[str]]]:
+    """Return the files of each study UID, and the UIDs that each UID and accession leads to."""
     studies: defaultdict[str, list[SourceFile]] = defaultdict(list)
-    names: dict[str, str] = {}
+    names: defaultdict[str, set[str]] = defaultdict(set)
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
@@ -64,18 +65,19 @@ def _studies(
         status = path.stat()
         sha256, trouble = digest(path, name, status)
         studies[found.study_uid].append(SourceFile(path, name, sha256, status.st_size, trouble))
-        names[found.study_uid] = found.study_uid
-        if found.accession:
-            names.setdefault(found.accession, found.study_uid)
+        for known_as in filter(None, (found.study_uid, found.accession)):
+            names[known_as].add(found.study_uid)
     return studies, names
 
 
-def _films(files: list[SourceFile], uid: str, row: Row, problems: list[Problem]) -> Iterator[Film]:
+def _films(
+    files: list[SourceFile], uid: str, row: Row, patients: Patients, problems: list[Problem]
+) -> Iterator[Film]:
     """Yield a study's films; those that no area or no picture can be had of are problems."""
     label, area = row.label("label"), row["area"].upper()
     if area not in {"", *Area}:
         raise ValueError(f"the area {row['area']!r} is none of {', '.join(Area)}")
-    patient = row["patient"] or patient_of(files[0].path) or uid
+    patient = row["patient"] or patients.of(files[0].path) or uid
     like = Film(Path(), uid, patient, area, label, split=row["split"], where=row.where)
     for part in divide(read_study(files), AreaRules(), None):
         if not area or part.area in {None, area}:
@@ -84,7 +86,8 @@ def _films(files: list[SourceFile], uid: str, row: Row, problems: list[Problem])
 
 def part_films(part: Part, like: Film, problems: list[Problem]) -> Iterator[Film]:
     """Yield the films of one part of a study, ``like`` a film that says all the rest."""
-    area = like.area or part.area
+    undecided = part.decision.outcome == "needs_person"
+    area = part.area or (like.area if undecided else "")
     for view in part.views:
         name = view.file.name
         if view.problem is not None:
@@ -104,11 +107,17 @@ def part_films(part: Part, like: Film, problems: list[Problem]) -> Iterator[Film
             )
 
 
-def patient_of(path: Path) -> str:
-    """Return a name for a DICOM file's patient that tells nothing of them, or empty text."""
-    try:
-        with opened(path) as stream:
-            stated = text(read_header(stream, ("PatientID",)).dataset, "PatientID")
-    except MuraError:
-        return ""
-    return hashlib.sha256(os.fsencode(stated)).hexdigest()[:12] if stated else ""
+class Patients:
+    """Numbers for patients, so that nothing that is written tells who they are."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, str] = {}
+
+    def of(self, path: Path) -> str:
+        """Return a name for a DICOM file's patient, or empty text where it states none."""
+        try:
+            with opened(path) as stream:
+                stated = text(read_header(stream, ("PatientID",)).dataset, "PatientID")
+        except MuraError:
+            return ""
+        return self._numbers.setdefault(stated, f"p{len(self._numbers) + 1}") if stated else ""

@@ -83,6 +83,7 @@ def read(folder: Path) -> Dataset:
             found, wrong = gather(_images(root, split), partial(_films, root / split, labels))
             films += found
             problems += wrong
+            problems += _left_out(root, split, labels, found)
     return Dataset(tuple(films), tuple(problems))
 
 
@@ -125,6 +126,25 @@ def _images(root: Path, split: str) -> Iterator[Row]:
     for path in sorted(folder.glob("*/*/*/*.png")):
         if not path.name.startswith("."):
             yield Row(str(path), {"path": path.relative_to(folder).as_posix()})
+
+
+def _left_out(
+    root: Path, split: str, labels: dict[str, tuple[int, str]], films: list[Film]
+) -> Iterator[Problem]:
+    """Yield labelled studies without an image, and how many images no table lists."""
+    with_images = {str(film.path.parent.relative_to(root / split)) for film in films}
+    for study, (_, where) in labels.items():
+        if study not in with_images:
+            yield Problem(where, f"{study} has no image")
+    table = root / f"{split}_image_paths.csv"
+    if table.is_file():
+        listed = {film.path for film in films}
+        more = sum(
+            path not in listed and not path.name.startswith(".")
+            for path in (root / split).glob("*/*/*/*.png")
+        )
+        if more:
+            yield Problem(str(table), f"{more} images of the tree are not listed, or not usable")
 
 
 def _study_labels(root: Path, split: str, problems: list[Problem]) -> dict[str, tuple[int, str]]:

@@ -15,7 +15,7 @@ from mura_batch.records import LabelRow, Place, StoredFile, StoredStudy
 from mura_batch.store import Store
 from mura_batch.study import SourceFile, read_study
 from training.dataset import Dataset, Film, Problem
-from training.sources.dicom import part_films, patient_of
+from training.sources.dicom import Patients, part_films
 
 _PATIENT = re.compile(r"patient\d+", re.IGNORECASE)  # a folder's name, as in MURA
 
@@ -38,17 +38,22 @@ def read(home: Path) -> Dataset:
     settings = load(home, {})
     films: list[Film] = []
     problems: list[Problem] = []
+    patients = Patients()
     with Store.open(settings.database_url) as store:
         labels: defaultdict[str, list[LabelRow]] = defaultdict(list)
         for row in store.labels():
             labels[row.study].append(row)
         for study in store.studies(labels):
-            films += _films(settings, study, labels[study.id], problems)
+            films += _films(settings, study, labels[study.id], patients, problems)
     return Dataset(tuple(films), tuple(problems))
 
 
 def _films(
-    settings: Settings, stored: StoredStudy, labels: list[LabelRow], problems: list[Problem]
+    settings: Settings,
+    stored: StoredStudy,
+    labels: list[LabelRow],
+    patients: Patients,
+    problems: list[Problem],
 ) -> Iterator[Film]:
     custody = Custody(settings)
     where = f"study {stored.id}"
@@ -60,7 +65,7 @@ def _films(
         return
     answer = PersonAnswer(stored.set_area, stored.set_all) if stored.set_area else None
     by_area = {row.area: row.label for row in labels}
-    patient = next(filter(None, (patient_of(file.path) for file in files)), "") or _named(stored)
+    patient = next(filter(None, (patients.of(file.path) for file in files)), "") or _named(stored)
     for part in divide(study, settings.rules, answer):
         word = by_area.get(part.area, by_area.get(None))
         if word is not None:

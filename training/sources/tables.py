@@ -63,7 +63,11 @@ def gather(
 
 def present(path: Path) -> Path:
     """Return a file's path; ValueError where there is none."""
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as exc:
+        raise ValueError(f"{path}: {exc.strerror}") from exc
+    if not there:
         raise ValueError(f"{path} is not there")
     return path
 
