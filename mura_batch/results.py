@@ -231,21 +231,20 @@ def _of_both(table: str, filters: Filters, *, images: bool) -> list[str]:
 
 
 def _received(at: str, filters: Filters) -> list[str]:
-    wanted = []
-    if filters.since is not None:
-        wanted.append(f"{at} >= :since")
-    if filters.until is not None:
-        wanted.append(f"{at} < :until")
-    return wanted
+    return _given(filters, since=f"{at} >= :since", until=f"{at} < :until")
 
 
 def _probable(probability: str, filters: Filters) -> list[str]:
-    wanted = []
-    if filters.min_probability is not None:
-        wanted.append(f"{probability} >= :min_probability")
-    if filters.max_probability is not None:
-        wanted.append(f"{probability} <= :max_probability")
-    return wanted
+    return _given(
+        filters,
+        min_probability=f"{probability} >= :min_probability",
+        max_probability=f"{probability} <= :max_probability",
+    )
+
+
+def _given(filters: Filters, **conditions: str) -> list[str]:
+    """Return the conditions of those filters that were given, by the filters' names."""
+    return [sql for name, sql in conditions.items() if getattr(filters, name) is not None]
 
 
 # ---- the statements

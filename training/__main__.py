@@ -199,7 +199,7 @@ def fit_command(
     python -m training fit MURA-v1.1 runs/wrist --area XR_WRIST --held-out valid --start imagenet
     """
     from training.fit import fit  # noqa: PLC0415 - torch only where it is needed
-    from training.start import settings_for, state_of  # noqa: PLC0415
+    from training.start import settings_for, state_of  # noqa: PLC0415 - likewise
 
     click.echo(NOTICE, err=True)
     data = read(path, labels)
