@@ -40,7 +40,7 @@ from mura_batch.config import Settings
 from mura_batch.daemon import Daemon, Summary
 from mura_batch.demo import drop_samples
 from mura_batch.errors import Misconfigured, MuraError
-from mura_batch.network import EvidenceNet, normalise
+from mura_batch.network import Network, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime, load
@@ -235,7 +235,7 @@ class _Contender:
 class _Eager:
     """Torch as one writes it first, without ``channels_last``: the others are held against it."""
 
-    def __init__(self, network: EvidenceNet, spec: Preprocessing, device: str) -> None:
+    def __init__(self, network: Network, spec: Preprocessing, device: str) -> None:
         self._network = network.to(device)
         self._spec = spec
         self._device = device

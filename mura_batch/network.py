@@ -1,4 +1,4 @@
-"""DenseNet-121 with one logit, and its Grad-CAM out of the same forward pass.
+"""DenseNet-121 with one logit, and its Grad-CAM out of the same forward pass; and a hybrid.
 
 With ``A = ReLU(F)`` the last feature map of shape (N, 1024, h, w), ``w_k`` the classifier's
 weights and ``b`` its bias, global average pooling makes
@@ -17,16 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import densenet121
+
+_WIDTH, _HEADS, _LAYERS = 256, 4, 2  # of the hybrid's encoder
 
 
 class Evidence(NamedTuple):
-    """What one forward pass of :class:`EvidenceNet` returns.
+    """What one forward pass of a network returns.
 
     Attributes:
         logit: float, shape (N,); the sigmoid of it is the probability of the target.
-        map: float, shape (N, h, w); signed evidence in logit units. Its sum over space is
-            ``logit - bias``; its positive part is the Grad-CAM of the last feature map.
+        map: float, shape (N, h, w); signed evidence, whose positive part is the Grad-CAM of the
+            last feature map. Of :class:`EvidenceNet` its sum over space is ``logit - bias``.
     """
 
     logit: Tensor
@@ -47,7 +50,10 @@ class EvidenceNet(nn.Module):
 
     def forward(self, images: Tensor) -> Evidence:
         """Return logit and signed evidence map of ``images`` (N, 3, H, W), normalised floats."""
-        activations = functional.relu(self.features(images))
+        return self.read(functional.relu(self.features(images)))
+
+    def read(self, activations: Tensor) -> Evidence:
+        """Return logit and signed evidence map of the last feature map (N, 1024, h, w)."""
         height, width = activations.shape[-2:]
         kernel = self.classifier.weight[:, :, None, None] / (height * width)
         evidence = functional.conv2d(activations, kernel)[:, 0]
@@ -60,3 +66,72 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     centre = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
     spread = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
     return (scale - centre) / spread
+
+
+class HybridNet(nn.Module):
+    """DenseNet-121 with a Transformer encoder over the cells of its last feature map, one logit.
+
+    Grad-CAM at that feature map by gradient through the encoder: with ``α_k`` the mean over space
+    of ``∂logit/∂A_k``, the map is ``Σ_k α_k A_k``. The trunk is passed once, the encoder once
+    forward and once back. ``features`` and ``classifier`` are named as in :class:`EvidenceNet`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        trunk = densenet121(weights=None, num_classes=1)
+        self.features = trunk.features
+        self.project = nn.Linear(trunk.classifier.in_features, _WIDTH)
+        layer = nn.TransformerEncoderLayer(
+            _WIDTH, _HEADS, 2 * _WIDTH, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
+        self.classifier = nn.Linear(_WIDTH, 1)
+
+    def forward(self, images: Tensor) -> Evidence:
+        """Return logit and signed map of ``images`` (N, 3, H, W); also in inference mode."""
+        return self.read(functional.relu(self.features(images)))
+
+    def read(self, activations: Tensor) -> Evidence:
+        """Return logit and signed evidence map of the last feature map (N, 1024, h, w)."""
+        differentiable = torch.is_grad_enabled()
+        with torch.inference_mode(mode=False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            cells = activations if differentiable else activations.clone().detach()
+            if not cells.requires_grad:
+                cells.requires_grad_()
+            logit = self._decide(cells)
+            (slope,) = torch.autograd.grad(logit.sum(), cells, create_graph=differentiable)
+            evidence = (slope.mean(dim=(2, 3), keepdim=True) * cells).sum(dim=1)
+        return (
+            Evidence(logit, evidence)
+            if differentiable
+            else Evidence(logit.detach(), evidence.detach())
+        )
+
+    def _decide(self, activations: Tensor) -> Tensor:
+        tokens = self.project(activations.flatten(2).transpose(1, 2))
+        tokens = tokens + _positions(*activations.shape[-2:]).to(tokens)
+        logit: Tensor = self.classifier(self.encoder(tokens).mean(dim=1))[:, 0]
+        return logit
+
+
+def _positions(height: int, width: int) -> Tensor:
+    """Return sines and cosines of rows and columns, (h · w, width of a token).
+
+    Source: A. Vaswani et al., "Attention Is All You Need", NeurIPS 2017, half of the width for
+    each direction; so a map of any size has them.
+    """
+    quarter = _WIDTH // 4
+    rates = 10_000 ** (-torch.arange(quarter) / quarter)
+    rows = torch.arange(height)[:, None, None] * rates
+    columns = torch.arange(width)[None, :, None] * rates
+    angles = (rows.expand(height, width, quarter), columns.expand(height, width, quarter))
+    waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
+    return torch.cat(waves, dim=-1).view(height * width, _WIDTH)
+
+
+Network = EvidenceNet | HybridNet
+
+
+def network_of(architecture: str) -> Network:
+    """Return a network with random weights by its name in a card."""
+    return HybridNet() if architecture == "densenet121-transformer" else EvidenceNet()

@@ -41,7 +41,7 @@ from mura_batch.weights_card import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mura_batch.network import EvidenceNet
+    from mura_batch.network import Network
 
 __all__ = [
     "ARCHITECTURE",
@@ -64,6 +64,10 @@ __all__ = [
 BUNDLED = Path(__file__).parent / "bundled"
 _BUNDLED_FILE = BUNDLED / "generalist.safetensors"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAMES = {
+    "densenet121": "DenseNet-121",
+    "densenet121-transformer": "DenseNet-121 with a Transformer encoder",
+}
 _NAMED = 5  # wrong tensors that a message names; the rest is counted
 
 
@@ -90,7 +94,7 @@ def read_card(file: Path) -> Card:
         raise WeightsRefused(f"{file}: {exc}") from exc
 
 
-def read_network(file: Path, card: Card) -> EvidenceNet:
+def read_network(file: Path, card: Card) -> Network:
     """Return the float32 network of ``file`` in evaluation mode, on the CPU.
 
     Raises:
@@ -114,32 +118,34 @@ def read_network(file: Path, card: Card) -> EvidenceNet:
             f" or go back with `mura-batch models rollback {card.area}`"
         )
     try:
-        return fitted(load(content))
+        return fitted(load(content), card.architecture)
     except SafetensorError as exc:
         raise WeightsRefused(f"{file} is not a safetensors file: {exc}") from exc
 
 
-def fitted(state: Mapping[str, Tensor]) -> EvidenceNet:
+def fitted(state: Mapping[str, Tensor], architecture: str = ARCHITECTURE) -> Network:
     """Return the network that holds ``state``, as float32 in evaluation mode.
 
-    ``state`` maps torchvision's key names to floating-point tensors of any precision. The batch
-    counters of batch normalisation may be left out: scoring does not use them.
+    ``state`` maps names (of DenseNet-121, torchvision's) to floating-point tensors of any
+    precision. The batch counters of batch normalisation may be left out: scoring does not use
+    them.
 
     Raises:
         WeightsRefused: names what is missing, unexpected, of another shape or not a number.
     """
     import torch  # noqa: PLC0415 - listing weights stays quick
 
-    from mura_batch.network import EvidenceNet  # noqa: PLC0415 - imports torch
+    from mura_batch.network import network_of  # noqa: PLC0415 - imports torch
 
     with torch.device("meta"):
-        network = EvidenceNet()
+        network = network_of(architecture)
     expected = network.state_dict()
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    _refuse("missing", expected.keys() - counters - state.keys())
-    _refuse("unexpected", state.keys() - expected.keys())
-    _refuse(
+    refuse = partial(_refuse, architecture)
+    refuse("missing", expected.keys() - counters - state.keys())
+    refuse("unexpected", state.keys() - expected.keys())
+    refuse(
         "of another shape",
         {
             f"{name} {tuple(tensor.shape)} instead of {shapes[name]}"
@@ -148,17 +154,17 @@ def fitted(state: Mapping[str, Tensor]) -> EvidenceNet:
         },
     )
     weights = {name: state[name] for name in expected.keys() - counters}
-    _refuse("no floats", {n for n, t in weights.items() if not t.is_floating_point()})
+    refuse("no floats", {n for n, t in weights.items() if not t.is_floating_point()})
     weights = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
-    _refuse("NaN or infinite", {n for n, t in weights.items() if not bool(t.isfinite().all())})
+    refuse("NaN or infinite", {n for n, t in weights.items() if not bool(t.isfinite().all())})
     spread = {n: t for n, t in weights.items() if n.endswith("running_var")}
-    _refuse("negative variances", {n for n, t in spread.items() if bool((t < 0).any())})
+    refuse("negative variances", {n for n, t in spread.items() if bool((t < 0).any())})
     unused = {name: torch.zeros((), dtype=torch.int64) for name in counters}
     network.load_state_dict({**weights, **unused}, assign=True)
     return network.eval()
 
 
-def _refuse(what: str, names: Iterable[str]) -> None:
+def _refuse(architecture: str, what: str, names: Iterable[str]) -> None:
     """Raise WeightsRefused where there are any ``names``, naming the first few."""
     found = sorted(names)
     if not found:
@@ -166,7 +172,7 @@ def _refuse(what: str, names: Iterable[str]) -> None:
     shown = ", ".join(name[:120] for name in found[:_NAMED])
     rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     raise WeightsRefused(
-        f"not a DenseNet-121 with one logit: tensors {what}: {shown}{rest};"
+        f"not a {_NAMES[architecture]} with one logit: tensors {what}: {shown}{rest};"
         " give a checkpoint of that network"
     )
 
@@ -180,7 +186,7 @@ def bundled_card(area: Area) -> Card:
     return read_card(BUNDLED / "cards" / f"{area}.json")
 
 
-def load_bundled(area: Area) -> tuple[EvidenceNet, Card]:
+def load_bundled(area: Area) -> tuple[Network, Card]:
     """Return network and card of the weights that come with the package; needs no home.
 
     Raises:
@@ -329,7 +335,7 @@ class WeightsStore:
                 self._activate(bundled[area])
             return fresh
 
-    def load(self, card: Card) -> EvidenceNet:
+    def load(self, card: Card) -> Network:
         """Return the float32 network of ``card`` in evaluation mode, on the CPU.
 
         Raises:

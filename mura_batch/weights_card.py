@@ -18,6 +18,7 @@ Origin = Literal["bundled", "published", "imported", "trained"]
 PointName = Literal["balanced", "high_sensitivity", "high_specificity"]
 
 ARCHITECTURE = "densenet121"
+ARCHITECTURES = (ARCHITECTURE, "densenet121-transformer")
 _DECIDING = (
     "area",
     "target",
@@ -81,6 +82,7 @@ class Card:
 
     Attributes:
         area: the area that these weights score.
+        architecture: of ``ARCHITECTURES``, see :mod:`mura_batch.network`.
         target: what a high probability means.
         sha256: of the safetensors file, 64 hexadecimal digits: the digest of the weights.
         operating_points: ``balanced``, which decides by default, and where they are known
@@ -156,7 +158,7 @@ class Card:
             area=Area(members.word("area", tuple(Area))),
             target=cast("Target", members.word("target", get_args(Target))),
             sha256=members.digest("sha256"),
-            architecture=members.word("architecture", (ARCHITECTURE,)),
+            architecture=members.word("architecture", ARCHITECTURES),
             preprocessing=_preprocessing(members.child("preprocessing")),
             operating_points=tuple(map(_point, members.children("operating_points"))),
             calibration=_calibration(members),

@@ -31,7 +31,7 @@ from mura_batch.weights_card import Card, OperatingPoint, Origin, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mura_batch.network import EvidenceNet
+    from mura_batch.network import Network
 
 _MAX_BYTES = 1 << 30  # of a checkpoint; DenseNet-121 with its optimizer's state takes 85 MB
 _MAX_HEADER = 100_000_000  # bytes of JSON in front of safetensors, as their library has it
@@ -87,7 +87,7 @@ def import_checkpoint(file: Path, facts: Facts, store: WeightsStore) -> Card:
         return store.add(converted, convert(file, facts, converted))
 
 
-def load_checkpoint(file: Path, area: Area) -> tuple[EvidenceNet, Card]:
+def load_checkpoint(file: Path, area: Area) -> tuple[Network, Card]:
     """Return network and card of one file, a torch checkpoint or safetensors with a card.
 
     The card of ``NAME.safetensors`` is ``NAME.json`` or ``card.json`` beside it, or where the

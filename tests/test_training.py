@@ -20,23 +20,29 @@ from site_home import film
 from test_training_data import write_manifest
 
 from mura_batch.area import Area
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, Transient
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import BUNDLED, bundled_card, read_card, read_network
 from training.calibration import cross_fitted_rates, fit_calibration, thresholds
-from training.dataset import Film
-from training.fit import FitSettings, divide, film_weights, fit, parameter_groups
+from training.crossval import Record, score_run, study_figures
+from training.dataset import Film, Region
+from training.fit import divide, fit
 from training.loader import Drawn
 from training.metrics import Cases
+from training.objectives import film_weights
+from training.optimisation import parameter_groups
+from training.prepared import Prepared
 from training.publish import publish_bundled
+from training.run_folder import alone_in, write_json
+from training.settings import FitSettings, Stage
 from training.sources import fracatlas, read
 from training.start import settings_for, state_of
 
 TINY = FitSettings(
     Preprocessing(size=64, crop="foreground", fit="pad"),
     head_epochs=1,
-    epochs=((32, 1), (64, 2)),
+    stages=(Stage(32, 1), Stage(64, 2)),
     patience=5,
     aside=0.5,
     batch=4,
@@ -102,15 +108,34 @@ def test_a_cut_off_run_goes_on_to_the_same_network(
     with pytest.raises(Misconfigured, match=r"another run \(settings differ\)"):
         fit(data, tmp_path / "cut", replace(TINY, rate=1.0), held_out=["0"])
 
-    done = publish_bundled(data.films, whole, tmp_path / "bundle")
+
+def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
+    atlas: Path, whole: Path, tmp_path: Path
+) -> None:
+    data = fracatlas.read(atlas)
+    unseen = [film for film in data.films if film.split == "0"]
+    scores = tuple(score_run(whole, unseen))
+    record = Record(TINY, "nothing", data.target, (Area.XR_HAND,), (), scores)
+    write_json(record.to_json(), tmp_path / "record.json")
+    kept = Record.read(tmp_path / "record.json")
+    assert kept.settings == TINY
+    assert [one.logit for one in kept.scores] == [one.logit for one in scores]
+    assert [one.film.study for one in kept.scores] == [film.study for film in unseen]
+
+    file = publish_bundled(data.films, kept, whole, tmp_path / "bundle")
     for area in Area:
         card = read_card(tmp_path / "bundle/cards" / f"{area}.json")
         assert card.area is area
         assert card.preprocessing == TINY.preprocessing
-        assert read_network(done.file, card) is not None
+        assert read_network(file, card) is not None
     hand = read_card(tmp_path / "bundle/cards/XR_HAND.json")
-    assert hand.metrics["study_auc"].value == pytest.approx(done.auc.value, abs=1e-4)
-    assert hand.metrics["study_auc"].on.startswith("5 exams")
+    assert f"AUC {hand.metrics['study_auc'].value:.3f}" in next(iter(study_figures(kept)))
+    assert hand.metrics["study_auc"].on.startswith("5 studies")
+    with pytest.raises(Misconfigured, match="other settings"):
+        publish_bundled(data.films, replace(kept, settings=FitSettings()), whole, tmp_path / "b")
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(Misconfigured, match="no record"):
+        Record.read(tmp_path / "record.json")
 
 
 def test_a_run_killed_at_any_moment_goes_on(atlas: Path, whole: Path, tmp_path: Path) -> None:
@@ -126,6 +151,45 @@ def test_a_run_killed_at_any_moment_goes_on(atlas: Path, whole: Path, tmp_path: 
         child.kill()
     subprocess.run(command, cwd=Path(__file__).parent, check=True)
     assert same_networks(whole, run)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(atlas: Path, tmp_path: Path) -> None:
+    data = fracatlas.read(atlas)
+    with alone_in(tmp_path / "run"), pytest.raises(Transient, match="another process"):
+        fit(data, tmp_path / "run", TINY, held_out=["0"], workers=0)
+
+
+def everything(atlas: Path, run: Path, settings: FitSettings) -> list[float]:
+    """Train with boxes on every film, and return the losses of the epochs."""
+    data = fracatlas.read(atlas)
+    films = (replace(f, boxes=(Region(0.4, 0.5, 0.4, 0.3),) * f.label) for f in data.films)
+    fit(replace(data, films=tuple(films)), run, settings, held_out=["0"], workers=0)
+    with (run / "log.csv").open(newline="") as stream:
+        return [float(row["loss"]) for row in csv.DictReader(stream)]
+
+
+def test_what_is_asked_besides_counts_in_the_loss(atlas: Path, tmp_path: Path) -> None:
+    one = replace(TINY, head_epochs=0, stages=(Stage(64, 1),))
+    plain, *_ = everything(atlas, tmp_path / "plain", one)
+    for name in ("inside", "steady", "joint"):
+        besides, *_ = everything(atlas, tmp_path / name, replace(one, **{name: 1.0}))
+        assert besides > plain
+    cropped = replace(one, stages=(Stage(32, 1, crops=True), Stage(64, 1)), inside=0.5)
+    assert len(everything(atlas, tmp_path / "crops", cropped)) == 2
+
+
+def test_a_hybrid_is_trained_scored_and_begun_with(atlas: Path, tmp_path: Path) -> None:
+    hybrid = replace(
+        TINY, architecture="densenet121-transformer", head_epochs=1, stages=(Stage(64, 1),)
+    )
+    trunk = EvidenceNet().state_dict()
+    data = fracatlas.read(atlas)
+    fit(data, tmp_path / "run", hybrid, held_out=["0"], start=trunk, workers=0)
+    scores = score_run(tmp_path / "run", [film for film in data.films if film.split == "0"])
+    assert len({round(one.logit, 6) for one in scores}) > 1
+    state = state_of(str(tmp_path / "run/network.pt"))
+    assert state is not None
+    assert "encoder.layers.0.linear1.weight" in state
 
 
 def test_phase_one_moves_the_head_alone(atlas: Path, tmp_path: Path) -> None:
@@ -198,15 +262,44 @@ def test_a_loss_that_is_no_number_ends_the_run(atlas: Path, tmp_path: Path) -> N
 def test_a_film_is_drawn_alike_whoever_draws_it(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (4, 40, 40), np.uint8)
     np.save(tmp_path / "films.npy", pixels)
-    one = Drawn(tmp_path / "films.npy", 1.0, seed=5)
+    films = Prepared(tmp_path / "films.npy", ((),) * 4)
+    one = Drawn(films, [0] * 4, whole=64, strength=1.0, seed=5)
     one.begin(2, 32)
     other = copy.deepcopy(one)
-    last = other[3]
+    last = other[3].film
     torch.manual_seed(99)
     assert last.shape == (32, 32)
-    assert torch.equal(one[3], last)
+    assert torch.equal(one[3].film, last)
     other.begin(3, 32)
-    assert not torch.equal(one[1], other[1])
+    assert not torch.equal(one[1].film, other[1].film)
+
+
+@pytest.mark.parametrize("crops", [True, False])
+def test_boxes_go_along_with_what_is_drawn(tmp_path: Path, *, crops: bool) -> None:
+    box = (0.25, 0.4, 0.75, 0.7)
+    film = np.zeros((96, 96), np.uint8)
+    film[38:67, 24:72] = 200
+    np.save(tmp_path / "films.npy", np.stack([film] * 40))
+    drawn = Drawn(
+        Prepared(tmp_path / "films.npy", ((box,),) * 40), [1] * 40, whole=160, strength=1.0, seed=2
+    )
+    drawn.begin(1, 64, crops=crops)
+    labels = set()
+    for draw in (drawn[number] for number in range(40)):
+        seen = (draw.film.float() > 60).float().view(2, 32, 2, 32).mean(dim=(1, 3))
+        assert torch.allclose(seen, draw.boxes, atol=0.1)
+        if draw.counts:
+            labels.add(float(draw.label))
+            assert draw.boxes.any() if draw.label else draw.boxes.mean() < 0.2
+    assert labels == ({0.0, 1.0} if crops else {1.0})
+
+
+def test_crops_are_not_drawn_where_no_boxes_say_what_they_show(tmp_path: Path) -> None:
+    np.save(tmp_path / "films.npy", np.zeros((2, 40, 40), np.uint8))
+    bare = Drawn(Prepared(tmp_path / "films.npy", ((), ())), [0, 1], whole=64, strength=0, seed=1)
+    bare.begin(0, 32, crops=True)
+    assert [float(bare[n].label) for n in (0, 1)] == [0, 1]
+    assert all(bare[n].counts for n in (0, 1))
 
 
 def test_a_film_that_cannot_be_read_is_named_and_leaves_no_run(tmp_path: Path) -> None:

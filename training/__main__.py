@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from mura_batch.area import Area
 from mura_batch.config import NOTICE
 from mura_batch.errors import MuraError
+from training.fit_commands import (
+    AREA,
+    FOLDER,
+    FOUND,
+    cross_validate_command,
+    fit_command,
+    pretrain,
+)
 from training.sources import fracatlas, read
 
 if TYPE_CHECKING:
     from training.data_report import DataReport, Group
 
-_FOLDER = click.Path(file_okay=False, path_type=Path)
-_FOUND = click.Path(exists=True, path_type=Path)
-_AREA = click.Choice(tuple(Area), case_sensitive=False)
 _MOST_SHOWN = 10
-_START = "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors)."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,8 +42,8 @@ def data() -> None:
 
 
 @data.command("report")
-@click.argument("path", type=_FOUND)
-@click.option("--labels", type=_FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
+@click.argument("path", type=FOUND)
+@click.option("--labels", type=FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
 @click.option("--json", "as_json", is_flag=True, help="All findings, as one JSON object.")
 def data_report(path: Path, labels: Path | None, *, as_json: bool) -> None:
     """Report what PATH holds: counts, contradictions, duplicates, unreadable films.
@@ -52,7 +55,7 @@ def data_report(path: Path, labels: Path | None, *, as_json: bool) -> None:
     python -m training data report MURA-v1.1
     python -m training data report export --labels labels.csv
     """
-    from training.data_report import survey  # noqa: PLC0415 - SciPy only where it is needed
+    from training.data_report import survey
 
     click.echo(NOTICE, err=True)
     found = survey(read(path, labels))
@@ -123,12 +126,12 @@ def _table(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
 
 
 @training.command("evaluate")
-@click.argument("path", type=_FOUND)
-@click.argument("folder", type=_FOLDER)
-@click.option("--labels", type=_FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
-@click.option("--home", type=_FOUND, help="Home whose weights are used; else the bundled ones.")
+@click.argument("path", type=FOUND)
+@click.argument("folder", type=FOLDER)
+@click.option("--labels", type=FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
+@click.option("--home", type=FOUND, help="Home whose weights are used; else the bundled ones.")
 @click.option("--weights", metavar="DIGEST", help="These weights of the home, not its active ones.")
-@click.option("--area", type=_AREA, multiple=True, help="This area only (may be given again).")
+@click.option("--area", type=AREA, multiple=True, help="This area only (may be given again).")
 @click.option("--split", help="Films of this split only, such as valid.")
 def evaluate_command(
     *,
@@ -148,8 +151,8 @@ def evaluate_command(
     \b
     python -m training evaluate MURA-v1.1 evaluation --split valid
     """
-    from training.evaluate import evaluate_areas  # noqa: PLC0415 - torch only where needed
-    from training.evaluation_report import write_report  # noqa: PLC0415 - matplotlib likewise
+    from training.evaluate import evaluate_areas
+    from training.evaluation_report import write_report
 
     click.echo(NOTICE, err=True)
     data = read(path, labels).checked().has_splits([] if split is None else [split])
@@ -169,69 +172,30 @@ def evaluate_command(
     click.echo(f"written to {folder / 'report.html'}", err=True)
 
 
-@training.command("fit")
-@click.argument("path", type=_FOUND)
-@click.argument("run", type=_FOLDER)
-@click.option("--labels", type=_FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
-@click.option("--area", type=_AREA, multiple=True, help="Films of this area (may be given again).")
-@click.option("--held-out", multiple=True, metavar="SPLIT", help="Leave out, such as valid or 0.")
-@click.option("--start", metavar="HOW", default="nothing", show_default=True, help=_START)
-@click.option("--epochs", type=click.IntRange(1), help="Epochs of phase two at most.")
-@click.option("--precision", type=click.Choice(["f32", "bf16", "fp16"]), default="f32")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda:N or mps.")
-def fit_command(
-    *,
-    path: Path,
-    run: Path,
-    labels: Path | None,
-    area: tuple[str, ...],
-    held_out: tuple[str, ...],
-    start: str,
-    epochs: int | None,
-    precision: Literal["f32", "bf16", "fp16"],
-    device: str,
-) -> None:
-    """Train a network on the labelled films of PATH into the folder RUN.
-
-    A run that was cut off goes on. PATH is as for `data report`.
-
-    \b
-    python -m training fit MURA-v1.1 runs/wrist --area XR_WRIST --held-out valid --start imagenet
-    """
-    from training.fit import fit  # noqa: PLC0415 - torch only where it is needed
-    from training.start import settings_for, state_of  # noqa: PLC0415 - likewise
-
-    click.echo(NOTICE, err=True)
-    data = read(path, labels)
-    settings = replace(settings_for(start), precision=precision)
-    if epochs is not None:
-        settings = replace(settings, epochs=((settings.preprocessing.size, epochs),))
-    fit(
-        data.only(area) if area else data,
-        run,
-        settings,
-        held_out=held_out,
-        start=state_of(start),
-        device=device,
-    )
-    click.echo(f"written to {run / 'network.pt'}", err=True)
+training.add_command(pretrain)
+training.add_command(fit_command)
+training.add_command(cross_validate_command)
 
 
 @training.command()
-@click.argument("data", type=_FOLDER)
-@click.argument("run", type=_FOLDER)
-@click.argument("folder", type=_FOLDER)
-def publish(data: Path, run: Path, folder: Path) -> None:
-    """Measure RUN's network on the held-back exams of DATA and write weights and cards to FOLDER.
+@click.argument("data", type=FOLDER)
+@click.argument("record", type=FOUND)
+@click.argument("run", type=FOLDER)
+@click.argument("folder", type=FOLDER)
+def publish(data: Path, record: Path, run: Path, folder: Path) -> None:
+    """Write RUN's network and its cards to FOLDER, calibrated on RECORD's out-of-fold logits.
 
     \b
-    python -m training publish fracatlas runs/generalist mura_batch/bundled
+    python -m training publish fracatlas runs/generalist/record.json runs/all mura_batch/bundled
     """
-    from training.publish import publish_bundled  # noqa: PLC0415 - torch only where needed
+    from training.crossval import Record, study_figures
+    from training.publish import publish_bundled
 
-    done = publish_bundled(fracatlas.read(data).checked().films, run, folder)
-    value, low, high = done.auc.value, done.auc.low, done.auc.high
-    click.echo(f"{done.file}: study AUC {value:.3f} ({low:.3f} to {high:.3f})")
+    told = Record.read(record)
+    done = publish_bundled(fracatlas.read(data).checked().films, told, run, folder)
+    for line in study_figures(told):
+        click.echo(line)
+    click.echo(f"written to {done}", err=True)
 
 
 def main() -> None:

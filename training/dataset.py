@@ -54,6 +54,7 @@ class Film:
         label: 1 where the target is there, else 0.
         split: ``train``, ``valid`` or the number of a fold; empty where none was stated.
         also: areas that lie wholly in the film besides.
+        views: ``frontal``, ``lateral``, ``oblique``, where that is known.
         boxes: around what the label is of, where that was drawn.
         hardware: metal or a cast in the film, None where nobody looked.
         weight: how much the film counts in training.
@@ -68,6 +69,7 @@ class Film:
     frame: int = 0
     split: str = ""
     also: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
     boxes: tuple[Region, ...] = ()
     hardware: bool | None = None
     weight: float = 1.0

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mura_batch.area import Area
 from mura_batch.config import load as load_settings
 from mura_batch.errors import Misconfigured
-from mura_batch.network import EvidenceNet
+from mura_batch.network import Network
 from mura_batch.network_input import Luminance, NetworkInput
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
@@ -108,7 +108,7 @@ def evaluate_areas(
     return Findings(tuple(evaluations), studies, every, cards)
 
 
-def _weights(area: Area, home: Path | None, digest: str | None) -> tuple[EvidenceNet, Card]:
+def _weights(area: Area, home: Path | None, digest: str | None) -> tuple[Network, Card]:
     if home is None:
         if digest is not None:
             raise Misconfigured("Name the home that has these weights, with --home.")

@@ -9,22 +9,15 @@ bit.
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 import math
 import pickle
-import platform
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,68 +26,21 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mura_batch.atomic import write_atomic
-from mura_batch.errors import Misconfigured, Transient
-from mura_batch.network import EvidenceNet, normalise
+from mura_batch.errors import Misconfigured
+from mura_batch.network import Network, network_of, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.torch_runtime import find_device
-from mura_batch.weights import sha256_of
 from training.dataset import Dataset, Film
-from training.loader import Drawn, prepared
+from training.loader import CELL, Draw, Drawn
 from training.metrics import roc_auc
+from training.objectives import film_weights, outside, regions_and_views, unsteady
+from training.optimisation import parameter_groups, warm_cosine
+from training.prepared import Prepared, prepared
+from training.run_folder import alone_in, describe, save, state_digest, write_json, write_log
+from training.settings import FitSettings, Phase
 
-Phase = Literal["head", "all"]
+_FEATURES = 1024  # channels of DenseNet-121's last map
 _LOOK = 100  # steps between two looks at the loss
-
-
-@dataclass(frozen=True, slots=True)
-class FitSettings:
-    """What a run is made of; the same settings, data and start repeat it.
-
-    Attributes:
-        head_epochs: of phase one, in which only the classifier learns, at ``head_rate``.
-        epochs: of phase two as (input size, epochs), one after the other: small inputs cost a
-            fraction of the time, the last ones have the size that scoring uses.
-        rate: of the classifier in phase two; each block below learns at ``block_decay`` of the
-            rate of the one above.
-        imbalance: ``mura`` weighs each class by the other's share, as the MURA paper does;
-            ``balanced`` draws both equally often.
-        augmentation: see :func:`training.loader.augmentation`.
-        average: decay of the moving average of the weights, which is what is measured and kept.
-        patience: epochs of the last size without a better study AUC on the patients kept aside
-            (``aside``, a share of them) before the run stops; its best epoch is taken. None keeps
-            nobody aside, runs all epochs and takes the last.
-        precision: of forward and backward pass (autocast).
-    """
-
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    head_epochs: int = 2
-    head_rate: float = 1e-3
-    epochs: tuple[tuple[int, int], ...] = ((224, 20),)
-    rate: float = 3e-4
-    block_decay: float = 0.7
-    weight_decay: float = 0.05
-    imbalance: Literal["mura", "balanced", "none"] = "mura"
-    augmentation: float = 1.0
-    average: float = 0.99
-    patience: int | None = 5
-    aside: float = 0.15
-    precision: Literal["f32", "bf16", "fp16"] = "f32"
-    batch: int = 16
-    seed: int = 20
-
-
-# How the bundled generalist was made: from nothing, no epoch chosen, one network for all areas.
-FROM_NOTHING = FitSettings(
-    Preprocessing(size=224, crop="foreground", fit="pad", decode="reduced"),
-    head_epochs=0,
-    epochs=((128, 12), (160, 8), (224, 4)),
-    rate=1e-3,
-    block_decay=1.0,
-    imbalance="none",
-    average=0.0,
-    patience=None,
-)
 
 
 def fit(
@@ -116,21 +62,30 @@ def fit(
     Raises:
         Misconfigured: the data has problems or one label only, a film cannot be read, the device
             is not here, the folder holds another run, or the loss is no number.
-        Transient: the disk is full.
+        Transient: the disk is full, or another process works in the folder.
     """
     device = find_device(device)
     sides = divide(data.checked().has_splits(held_out).films, held_out, settings)
-    inputs = _prepare(sides, settings.preprocessing, run.parent / "films")
+    inputs = _prepare(sides, settings.preprocessing, run.parent / "films", workers)
     torch.use_deterministic_algorithms(device == "cpu")
     torch.manual_seed(settings.seed)
-    network = EvidenceNet()
-    if start is not None:
-        network.load_state_dict(start, strict=False)
-    _describe(run, settings, sides, held_out, _digest(network.state_dict()))
-    if (run / "network.pt").exists():
-        return
-    trainer = _Trainer(network.to(device), settings, sides, inputs, run=run, workers=workers)
-    trainer.train(stop_after)
+    network = network_of(settings.architecture)
+    _begin_with(network, start or {})
+    told = {"held_out": sorted(held_out), "start": state_digest(network.state_dict())}
+    with alone_in(run):
+        describe(run, settings, sides.train, sides.aside, told)
+        if not (run / "network.pt").exists():
+            trainer = _Trainer(
+                network.to(device), settings, sides, inputs, run=run, workers=workers
+            )
+            trainer.train(stop_after)
+
+
+def _begin_with(network: Network, start: Mapping[str, Tensor]) -> None:
+    """Give a network those tensors that it has too, in the same shape: a trunk, or all of it."""
+    own = network.state_dict()
+    same = {n: t for n, t in start.items() if n in own and own[n].shape == t.shape}
+    network.load_state_dict(same, strict=False)
 
 
 class Sides(NamedTuple):
@@ -141,16 +96,16 @@ class Sides(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Files of both sides' films; None where nobody is kept aside."""
+    """Both sides' films; None where nobody is kept aside."""
 
-    train: Path
-    aside: Path | None
+    train: Prepared
+    aside: Prepared | None
 
 
-def _prepare(sides: Sides, spec: Preprocessing, cache: Path) -> _Inputs:
+def _prepare(sides: Sides, spec: Preprocessing, cache: Path, workers: int) -> _Inputs:
     return _Inputs(
-        prepared(sides.train, spec, cache, headroom=True),
-        prepared(sides.aside, spec, cache) if sides.aside else None,
+        prepared(sides.train, spec, cache, headroom=True, workers=workers),
+        prepared(sides.aside, spec, cache, workers=workers) if sides.aside else None,
     )
 
 
@@ -188,6 +143,7 @@ def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettin
 class _Epoch(NamedTuple):
     phase: Phase
     size: int
+    crops: bool
 
 
 class _Trainer:
@@ -195,7 +151,7 @@ class _Trainer:
 
     def __init__(
         self,
-        network: EvidenceNet,
+        network: Network,
         settings: FitSettings,
         sides: Sides,
         inputs: _Inputs,
@@ -210,14 +166,27 @@ class _Trainer:
         self._device = next(network.parameters()).device
         average = get_ema_multi_avg_fn(settings.average)  # type: ignore[no-untyped-call]
         self._average = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-        self._drawn = Drawn(inputs.train, settings.augmentation, settings.seed)
         self._labels = np.array([film.label for film in sides.train])
+        self._drawn = Drawn(
+            inputs.train,
+            self._labels.tolist(),
+            whole=settings.preprocessing.size,
+            strength=settings.augmentation,
+            seed=settings.seed,
+        )
         self._weights = film_weights(sides.train, settings.imbalance)
         self._aside, self._seen = sides.aside, inputs.aside
-        self._plan = [_Epoch("head", settings.epochs[0][0])] * settings.head_epochs
-        self._plan += [_Epoch("all", size) for size, count in settings.epochs for _ in range(count)]
+        first, last = settings.stages[0], settings.stages[-1]
+        self._plan = [_Epoch("head", first.size, first.crops)] * settings.head_epochs
+        for stage in settings.stages:
+            self._plan += [_Epoch("all", stage.size, stage.crops)] * stage.epochs
+        self._last = _Epoch("all", last.size, last.crops)
+        self._told = regions_and_views(sides.train)
+        self._joint = nn.Linear(_FEATURES, self._told.shape[1])
+        self._joint.to(self._device)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.precision == "fp16")
         self._history: list[dict[str, float]] = []
+        self._seconds = 0.0
         self._begin(self._plan[0].phase)
 
     def train(self, stop_after: int | None) -> None:
@@ -231,7 +200,9 @@ class _Trainer:
         if self._ended():
             best = self._run / "best.pt"
             state = torch.load(best, weights_only=True) if self._aside else self._state()
-            _save(state, self._run / "network.pt")
+            told = {"epochs": len(self._history), "seconds": round(self._seconds)}
+            write_json(told, self._run / "outcome.json")
+            save(state, self._run / "network.pt")
 
     def _ended(self) -> bool:
         """Whether all epochs are over, or too many have brought nothing better."""
@@ -244,46 +215,50 @@ class _Trainer:
         """Return the first of the epochs with the highest study AUC, of those of the last size."""
         if not self._aside:
             return None
-        size = self._settings.preprocessing.size
         measured = [
             number
             for number, (epoch, _) in enumerate(zip(self._plan, self._history, strict=False))
-            if epoch == _Epoch("all", size)
+            if epoch == self._last
         ]
         return max(measured, key=lambda n: self._history[n]["study_auc"], default=None)
 
     def _epoch(self, number: int) -> dict[str, float]:
         """Train one epoch, measure it, and keep what resumes it; return its figures."""
-        phase, size = self._plan[number]
-        if phase != self._phase:
-            self._begin(phase)
+        began = time.monotonic()
+        epoch = self._plan[number]
+        if epoch.phase != self._phase:
+            self._begin(epoch.phase)
         rate = float(self._schedule.get_last_lr()[0])
-        told = {"loss": self._pass(number, size), "rate": rate}
-        if self._aside:
-            told["study_auc"] = self._study_auc()
+        told = {"loss": self._pass(number, epoch), "rate": rate}
+        if self._seen is not None:
+            told["study_auc"] = self._study_auc(self._seen)
         self._history.append(told)
         if self._best() == number:
-            _save(self._state(), self._run / "best.pt")
-        _write_log(self._run / "log.csv", self._history)
-        _save(self._everything(), self._run / "state.pt")
+            save(self._state(), self._run / "best.pt")
+        self._seconds += time.monotonic() - began
+        write_log(self._run / "log.csv", self._history)
+        save(self._everything(), self._run / "state.pt")
         return told
 
     def _begin(self, phase: Phase) -> None:
         """Make the phase's optimiser and schedule."""
         self._phase = phase
         self._network.features.requires_grad_(phase == "all")
-        self._optimiser = torch.optim.AdamW(parameter_groups(self._network, self._settings, phase))
+        groups = parameter_groups(self._network, self._settings, phase)
+        groups.append({"params": list(self._joint.parameters()), "lr": groups[0]["lr"]})
+        self._optimiser = torch.optim.AdamW(groups, fused=self._device.type != "mps")
         epochs = sum(epoch.phase == phase for epoch in self._plan)
         steps = epochs * (len(self._labels) // self._settings.batch)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, warm_cosine(steps))
 
-    def _pass(self, number: int, size: int) -> float:
+    def _pass(self, number: int, epoch: _Epoch) -> float:
         """Train on every film once, drawn anew; return the mean loss."""
         self._network.train()
         if self._phase == "head":
             self._network.features.eval()  # its normalisation stays as it was learned
         order = self._order(np.random.default_rng([self._settings.seed, number]))
-        self._drawn.begin(number, size)
+        margin = CELL if self._settings.steady else 0  # what films are moved by
+        self._drawn.begin(number, epoch.size + margin, crops=epoch.crops)
         loader = DataLoader(
             self._drawn,
             self._settings.batch,
@@ -294,19 +269,16 @@ class _Trainer:
         )
         name = f"epoch {number + 1} of {len(self._plan)}"
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for step, films in enumerate(tqdm(loader, desc=name, disable=None), start=1):
+        for step, draw in enumerate(tqdm(loader, desc=name, disable=None), start=1):
             some = order[(step - 1) * self._settings.batch : step * self._settings.batch]
-            total += self._step(films, some)
+            total += self._step(draw, some)
             if step % _LOOK == 0 or step == len(loader):  # to look waits for the device
                 _finite(float(total), name)
         return float(total) / len(loader)
 
-    def _step(self, films: Tensor, numbers: Sequence[int]) -> Tensor:
-        labels = torch.from_numpy(self._labels[numbers]).to(self._device, torch.float32)
-        weights = torch.from_numpy(self._weights[numbers]).to(self._device, torch.float32)
+    def _step(self, draw: Draw, numbers: Sequence[int]) -> Tensor:
         with self._autocast():
-            logits = self._network(self._input(films)).logit
-        loss = functional.binary_cross_entropy_with_logits(logits.float(), labels, weights)
+            loss = self._loss(draw, numbers)
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
         self._scaler.step(self._optimiser)
@@ -314,6 +286,35 @@ class _Trainer:
         self._schedule.step()
         self._average.update_parameters(self._network)
         return loss.detach()
+
+    def _loss(self, draw: Draw, numbers: Sequence[int]) -> Tensor:
+        """Return the loss of a batch: of classification, and of what the settings ask besides."""
+        settings, films, boxes = self._settings, draw.film, draw.boxes
+        if settings.steady:  # both in one pass
+            films = torch.cat([films[:, :-CELL, :-CELL], films[:, CELL:, CELL:].flip(-1)])
+            boxes = boxes[:, :-1, :-1]
+        weights = torch.from_numpy(self._weights[numbers]).float() * draw.counts
+        weights = weights.to(self._device)
+        labels = draw.label.to(self._device)
+        activations = functional.relu(self._network.features(self._input(films)))
+        found = self._network.read(activations)
+        logits = found.logit.float().view(-1, len(labels))
+        loss = functional.binary_cross_entropy_with_logits(
+            logits, labels.expand_as(logits), weights.expand_as(logits)
+        )
+        maps = found.map.float()
+        if settings.inside:
+            lost = outside(maps[: len(labels)], boxes.to(self._device))
+            loss = loss + settings.inside * (weights * labels * lost).mean()
+        if settings.steady:
+            moved = unsteady(maps[: len(labels)], maps[len(labels) :])
+            loss = loss + settings.steady * (weights * moved).mean()
+        if settings.joint:
+            told = torch.from_numpy(self._told[numbers]).to(self._device)
+            shown = self._joint(activations[: len(labels)].mean(dim=(2, 3)))
+            wrong = functional.binary_cross_entropy_with_logits(shown.float(), told)
+            loss = loss + settings.joint * wrong
+        return loss
 
     def _order(self, rng: np.random.Generator) -> list[int]:
         """Return the films of an epoch in the order in which they are drawn."""
@@ -334,10 +335,10 @@ class _Trainer:
         return torch.autocast(self._device.type, kind, enabled=self._settings.precision != "f32")
 
     @torch.inference_mode()
-    def _study_auc(self) -> float:
+    def _study_auc(self, seen: Prepared) -> float:
         """Measure the average network on the patients kept aside."""
         network = self._average.module.eval()
-        pixels = np.load(self._seen or "", mmap_mode="r")
+        pixels = seen.mapped()
         logits: list[float] = []
         for start in range(0, len(pixels), self._settings.batch):
             films = torch.from_numpy(np.array(pixels[start : start + self._settings.batch]))
@@ -358,7 +359,9 @@ class _Trainer:
             "optimiser": self._optimiser.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "joint": self._joint.state_dict(),
             "history": self._history,
+            "seconds": self._seconds,
         }
 
     def _resume(self) -> None:
@@ -375,7 +378,9 @@ class _Trainer:
         self._optimiser.load_state_dict(state["optimiser"])
         self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
+        self._joint.load_state_dict(state["joint"])
         self._history = state["history"]
+        self._seconds = state["seconds"]
 
 
 def _finite(loss: float, name: str) -> None:
@@ -386,63 +391,6 @@ def _finite(loss: float, name: str) -> None:
         )
 
 
-# ---- the method's parts
-
-
-def film_weights(films: Sequence[Film], imbalance: str) -> NDArray[np.float64]:
-    """Return how much each film's loss counts.
-
-    With ``mura``, of N negative and A positive films, positives count N / (A + N) and negatives
-    A / (A + N), as in the MURA paper.
-    """
-    own = np.array([film.weight for film in films])
-    if imbalance != "mura":
-        return own
-    positive = np.array([film.label for film in films]) == 1
-    share = positive.mean()
-    weights: NDArray[np.float64] = own * np.where(positive, 1 - share, share)
-    return weights
-
-
-_BLOCKS = (  # from the top; what is below learns more slowly
-    ("classifier",),
-    ("features.norm5", "features.denseblock4"),
-    ("features.transition3", "features.denseblock3"),
-    ("features.transition2", "features.denseblock2"),
-    ("features.transition1", "features.denseblock1"),
-    ("features.conv0", "features.norm0"),
-)
-
-
-def parameter_groups(
-    network: nn.Module, settings: FitSettings, phase: Phase
-) -> list[dict[str, Any]]:
-    """Return an optimiser's groups: a rate a block; biases and norms do not decay."""
-    groups = []
-    blocks = _BLOCKS[:1] if phase == "head" else _BLOCKS
-    top = settings.head_rate if phase == "head" else settings.rate
-    for depth, names in enumerate(blocks):
-        members = [p for name in names for p in network.get_submodule(name).parameters()]
-        rate = top * settings.block_decay**depth
-        for decays in (True, False):
-            some = [p for p in members if (p.ndim > 1) is decays]
-            decay = settings.weight_decay if decays else 0.0
-            groups.append({"params": some, "lr": rate, "weight_decay": decay})
-    return groups
-
-
-def warm_cosine(steps: int) -> Callable[[int], float]:
-    """Return the learning rate's factor per step: a short rise, then half a cosine to 0."""
-    warm = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
-
-    return factor
-
-
 def study_auc(films: Sequence[Film], logits: Sequence[float]) -> float:
     """Return the area under the ROC curve of studies by their films' mean logit."""
     groups: dict[tuple[str, str], list[int]] = {}
@@ -451,82 +399,3 @@ def study_auc(films: Sequence[Film], logits: Sequence[float]) -> float:
     means = np.array([np.mean([logits[n] for n in members]) for members in groups.values()])
     labels = np.array([max(films[n].label for n in members) for members in groups.values()])
     return float(roc_auc(means, labels, np.ones((1, len(labels))))[0])
-
-
-# ---- the run folder
-
-
-def _describe(
-    run: Path, settings: FitSettings, sides: Sides, held_out: Collection[str], start: str
-) -> None:
-    """Write what the run is made of, or hold it against what is there.
-
-    Raises:
-        Misconfigured: the folder holds another run.
-    """
-    told = {
-        "settings": asdict(settings),
-        "start": start,
-        "data": data_digest([*sides.train, *sides.aside]),
-        "held_out": sorted(held_out),
-        "films": len(sides.train),
-        "aside": len(sides.aside),
-        "versions": {name: version(name) for name in ("mura-batch", "torch", "torchvision")}
-        | {"python": platform.python_version()},
-        "threads": torch.get_num_threads(),
-    }
-    text = json.dumps(told, indent=1)
-    file = run / "run.json"
-    if not file.exists():
-        write_atomic(file, lambda stream: stream.write(text.encode()))
-        return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        here = json.loads(text)
-        differing = [name for name in ("settings", "start", "data") if before[name] != here[name]]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise Misconfigured(f"{file} is damaged: name another folder.") from exc
-    if differing:
-        raise Misconfigured(
-            f"{run} holds another run ({', '.join(differing)} differ): name another folder."
-        )
-
-
-def data_digest(films: Sequence[Film]) -> str:
-    """Return a digest of the films' contents and labels, in their order."""
-    digest = hashlib.sha256()
-    for film in films:
-        content = sha256_of(film.path)
-        told = (content, film.frame, film.study, film.patient, film.area, film.label, film.weight)
-        digest.update(repr(told).encode())
-    return digest.hexdigest()
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _write_log(file: Path, history: Sequence[Mapping[str, float]]) -> None:
-    stream = io.StringIO()
-    table = csv.DictWriter(stream, ("epoch", *history[-1]))
-    table.writeheader()
-    table.writerows({"epoch": n, **told} for n, told in enumerate(history, start=1))
-    write_atomic(file, lambda out: out.write(stream.getvalue().encode()))
-
-
-def _save(state: object, target: Path) -> None:
-    """Write a state whole or not at all.
-
-    Raises:
-        Transient: the disk is full.
-    """
-    try:
-        write_atomic(target, lambda stream: torch.save(state, stream))
-    except (OSError, RuntimeError) as exc:
-        raise Transient(
-            f"{target} cannot be written ({str(exc).splitlines()[0]}): make room; the same command"
-            " goes on after the last whole epoch."
-        ) from exc

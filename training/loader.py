@@ -1,94 +1,164 @@
-"""Films as training input: read once, kept on disk, augmented whenever they are drawn."""
+"""Films of an epoch: augmented, whole or in crops, with the boxes that went along."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
-from tqdm import tqdm
+from torchvision.tv_tensors import Image, Mask
 
-from mura_batch.atomic import write_atomic
-from mura_batch.preprocessing import Preprocessing
-from mura_batch.radiograph import read_film
-from training.dataset import Film
+from training.prepared import Edges, Prepared
 
-_HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp
+CELL = 32  # input pixels a side of a cell of DenseNet's last map
+_ZOOM = (0.75, 1.5)  # crops show this much more or less than at the scale of whole films
+_WIDEST = 0.95  # share of a film's side that a crop has at most
+_ON_BOX = 0.7  # share of the crops of a film with boxes that are laid on one of them
+_SEEN, _UNSEEN = 0.5, 0.2  # shares of a box from, and up to, which a crop shows it, or does not
+_BOXED = 0.9  # share of the positive films that need boxes before crops are drawn
+_TRIES = 8  # places for a crop before one that shows little of the limb is taken
 
 
-def prepared(
-    films: Sequence[Film], spec: Preprocessing, folder: Path, *, headroom: bool = False
-) -> Path:
-    """Return a file of the films as the network sees them, uint8 (N, S, S) in NumPy's format.
+class Draw(NamedTuple):
+    """One drawn film; a batch of them has one dimension more.
 
-    With ``headroom`` S is larger than the network's input. The file is made in ``folder`` where it
-    is not there yet; its name says of which films and how.
-
-    Raises:
-        Misconfigured: a film cannot be read.
+    Attributes:
+        film: uint8 (size, size).
+        boxes: float (size / 32, size / 32), the share of each cell that lies in a box.
+        label: float; that of the crop where one was cut.
+        counts: float, 0 where nobody can say whether a crop shows the finding.
     """
-    if headroom:
-        spec = replace(spec, size=round(spec.size * _HEADROOM))
-    told = repr([_identity(film) for film in films]) + repr(spec)
-    file = folder / f"films-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.empty((len(films), spec.size, spec.size), np.uint8)
-        for number, film in enumerate(tqdm(films, desc="reading films", disable=None)):
-            with film.named():
-                pixels[number] = read_film(film.path, film.frame, spec)[1].pixels
-        write_atomic(file, lambda stream: np.save(stream, pixels))
-    return file
+
+    film: Tensor
+    boxes: Tensor
+    label: Tensor
+    counts: Tensor
 
 
-def _identity(film: Film) -> tuple[object, ...]:
-    status = film.path.stat()
-    return str(film.path), film.frame, status.st_size, status.st_mtime_ns
-
-
-class Drawn(torch.utils.data.Dataset[Tensor]):
-    """Augmented films, uint8 (size, size), of a file of prepared ones.
+class Drawn(torch.utils.data.Dataset[Draw]):
+    """Augmented films of a file of prepared ones; ``whole`` is the input size of whole films.
 
     What a film becomes depends on the seed, the epoch and its number alone: not on the order, nor
     on which process draws it.
     """
 
-    def __init__(self, file: Path, strength: float, seed: int) -> None:
-        self._file = file
-        self._count = len(np.load(file, mmap_mode="r"))
+    def __init__(
+        self,
+        films: Prepared,
+        labels: Sequence[int],
+        *,
+        whole: int,
+        strength: float,
+        seed: int,
+    ) -> None:
+        self._films = films
+        self._whole = whole
+        self._labels = labels
         self._strength = strength
         self._seed = seed
-        self._epoch = 0
-        self._change = augmentation(1, strength)
         self._pixels: NDArray[np.uint8] | None = None
+        told = [bool(boxes) for boxes, label in zip(films.boxes, labels, strict=True) if label]
+        self._boxed = bool(told) and sum(told) >= _BOXED * len(told)
+        self.begin(0, CELL)
 
-    def begin(self, epoch: int, size: int) -> None:
-        """Draw as in this epoch, for an input of ``size``."""
+    def begin(self, epoch: int, size: int, *, crops: bool = False) -> None:
+        """Draw as in this epoch, for an input of ``size``.
+
+        With ``crops`` parts of the films, if boxes say for most positive ones where to look;
+        where none do, the films whole.
+        """
         self._epoch = epoch
+        self._size = size
+        self._crops = crops and self._boxed
         self._change = augmentation(size, self._strength)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._labels)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Draw:
         if self._pixels is None:
-            self._pixels = np.load(self._file, mmap_mode="r")
-        film = torch.from_numpy(np.array(self._pixels[index]))[None]
+            self._pixels = self._films.mapped()
+        told = np.random.SeedSequence((self._seed, self._epoch, index))
+        rng = np.random.default_rng(told)
+        film, boxes = self._pixels[index], self._films.boxes[index]
+        label, counts = self._labels[index], 1
+        mask = _painted(boxes, film.shape[0])
+        if self._crops:
+            window = _window(film, boxes, self._size / self._whole, rng)
+            if label:
+                label, counts = _shows(boxes, window, len(film)) if boxes else (1, 0)
+            film, mask = film[window], mask[window]
         with torch.random.fork_rng(devices=()):
-            told = np.random.SeedSequence((self._seed, self._epoch, index))
             torch.manual_seed(int(told.generate_state(1)[0]))
-            changed: Tensor = self._change(film)
-        return changed[0]
+            seen, marked = self._change(
+                Image(torch.from_numpy(film.copy())[None]),
+                Mask(torch.from_numpy(mask.copy())[None]),
+            )
+        cells = self._size // CELL
+        shares = torch.nn.functional.adaptive_avg_pool2d(marked.as_subclass(Tensor).float(), cells)
+        return Draw(
+            seen.as_subclass(Tensor)[0],
+            shares[0],
+            torch.tensor(float(label)),
+            torch.tensor(float(counts)),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None}  # other processes map the file themselves
+
+
+_Window = tuple[slice, slice]  # rows and columns of a film
+
+
+def _window(
+    film: NDArray[np.uint8], boxes: Sequence[Edges], share: float, rng: np.random.Generator
+) -> _Window:
+    """Return where a crop lies: mostly on a box where there is one, else where the limb is."""
+    whole = len(film)
+    side = round(min(share * rng.uniform(*_ZOOM), _WIDEST) * whole)
+    if boxes and rng.random() < _ON_BOX:
+        left, top, right, bottom = (whole * edge for edge in boxes[int(rng.integers(len(boxes)))])
+        column = _around(left, right, side, whole, rng)
+        row = _around(top, bottom, side, whole, rng)
+        return slice(row, row + side), slice(column, column + side)
+    enough = film.mean() * 0.75
+    for _ in range(_TRIES):
+        row, column = rng.integers(0, whole - side + 1, 2)
+        window = slice(row, row + side), slice(column, column + side)
+        if film[window].mean() >= enough:
+            break
+    return window
+
+
+def _around(low: float, high: float, side: int, whole: int, rng: np.random.Generator) -> int:
+    """Return where a crop begins that holds ``low`` to ``high``, or lies inside it."""
+    first, last = sorted((high - side, low))
+    return round(min(max(rng.uniform(first, last), 0), whole - side))
+
+
+def _shows(boxes: Sequence[Edges], window: _Window, whole: int) -> tuple[int, int]:
+    """Return whether a crop shows a box, and 0 instead of 1 where it shows a part too small."""
+    rows, columns = window
+    most = 0.0
+    for left, top, right, bottom in boxes:
+        across = min(right, columns.stop / whole) - max(left, columns.start / whole)
+        down = min(bottom, rows.stop / whole) - max(top, rows.start / whole)
+        share = max(0.0, across) * max(0.0, down) / ((right - left) * (bottom - top))
+        most = max(most, share)
+    return int(most >= _SEEN), int(not _UNSEEN < most < _SEEN)
+
+
+def _painted(boxes: Sequence[Edges], side: int) -> NDArray[np.uint8]:
+    """Return a mask (side, side) with 1 inside the boxes."""
+    mask = np.zeros((side, side), np.uint8)
+    for left, top, right, bottom in boxes:
+        rows = slice(int(top * side), int(np.ceil(bottom * side)))
+        mask[rows, int(left * side) : int(np.ceil(right * side))] = 1
+    return mask
 
 
 def augmentation(size: int, strength: float) -> v2.Transform:

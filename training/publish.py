@@ -1,131 +1,184 @@
-"""A trained network to weights with an honest card for each of the seven areas."""
+"""A trained network to weights with an honest card: measured on studies that it never saw."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save
+from torch import Tensor
 
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
-from mura_batch.network import EvidenceNet
-from mura_batch.preprocessing import Preprocessing
+from mura_batch.errors import Misconfigured
 from mura_batch.runtime import Runtime, load
-from mura_batch.weights import sha256_of
-from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint
+from mura_batch.weights import fitted, sha256_of
+from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint, Origin
 from training.calibration import POINTS, cross_fitted_rates, fit_calibration, thresholds
+from training.crossval import Record
 from training.dataset import Film
 from training.evaluate import FilmScore, by_study, cases_of, score_films
-from training.metrics import Cases, Estimate, estimate, roc_auc
+from training.metrics import Cases, estimate, roc_auc
+from training.run_folder import run_settings
+from training.settings import FitSettings
 
 _TRAINED_ON = (
-    "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0): {films} films, upper"
-    " limb but for fold {held_out}, and legs and hips; one network from random weights for all"
-    " areas, no ImageNet weights, {epochs}, the last one taken; computed in {precision}"
+    "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0), upper limb, after a"
+    " trunk from its legs and hips; from random weights, no ImageNet weights; one network for all"
+    " areas; {epochs}; computed in {precision}"
 )
 _NOTES = (
     "Starting weights, not specialists: the same network serves all seven areas. The label is"
     " fracture, not MURA's abnormal. FracAtlas has no finger films of their own and few films of"
-    " wrists alone, humeri and shoulders. Calibration and thresholds were fitted on the same"
-    " held-back exams (fold 0) that the AUC is of; sensitivity and specificity are cross-fitted"
-    " over two halves of them. Not tested on any other hospital's films."
+    " wrists alone, humeri and shoulders. Trained on all of its upper-limb exams here; measured,"
+    " calibrated and given its thresholds on the pooled out-of-fold logits of {folds} networks"
+    " that were trained in the same way, each without the exams that it scored. Sensitivity and"
+    " specificity are cross-fitted over two halves of these exams. Not tested on any other"
+    " hospital's films."
 )
 _DECODED = (
-    " Measured with films decoded at reduced size, as these weights ask; with films decoded in full"
-    " the study AUC is {auc:.4f}. Over the {films} films that are large enough to be reduced, those"
-    " trained on included, a film's probability differs by {mean:.3f} in the mean and by"
-    " {most:.3f} at most."
+    " Films are decoded at reduced size, as these weights ask: over the {films} films that are"
+    " large enough, a film's probability differs from that of a full decoding by {mean:.3f} in the"
+    " mean and by {most:.3f} at most."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """Where the weights went and what they reached over all areas."""
+class Measured:
+    """What weights reach on studies that they never saw.
 
-    file: Path
-    auc: Estimate
+    Attributes:
+        scores: of those studies' films.
+        target: what their labels say.
+        on: what they are, in words.
+    """
+
+    scores: Sequence[FilmScore]
+    target: str
+    on: str
 
 
-def publish_bundled(films: Sequence[Film], run: Path, folder: Path) -> Published:
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """What a card says of where weights come from."""
+
+    training_data: str
+    licence: str
+    origin: Origin
+    source: str
+    notes: str
+
+
+def card_for(
+    area: Area, file: Path, settings: FitSettings, found: Measured, origins: Origins
+) -> Card:
+    """Return the card of weights for an area: calibrated, with thresholds, and what they reach.
+
+    Raises:
+        Misconfigured: what was measured has one label only.
+    """
+    exams = by_study(found.scores)
+    raw = cases_of(exams, None)
+    if len(set(raw.labels.tolist())) == 1:
+        raise Misconfigured("The studies to measure on have one label only: give more studies.")
+    calibration = _calibration(raw, found.on)
+    points = thresholds(cases_of(exams, calibration).probabilities, raw.labels)
+    rates = cross_fitted_rates(raw)
+    return Card(
+        area=area,
+        target="fracture" if found.target == "fracture" else "abnormal",
+        sha256=sha256_of(file),
+        architecture=settings.architecture,
+        preprocessing=settings.preprocessing,
+        operating_points=tuple(
+            OperatingPoint(
+                name=name,
+                threshold=round(points[name], 4),
+                sensitivity=_rounded(rates[name][0].value),
+                specificity=_rounded(rates[name][1].value),
+            )
+            for name in POINTS
+        ),
+        calibration=calibration,
+        training_data=origins.training_data,
+        metrics=_metrics(exams, area, found.on),
+        licence=origins.licence,
+        origin=origins.origin,
+        source=origins.source,
+        notes=origins.notes,
+    )
+
+
+def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Path) -> Path:
     """Write the run's network in half precision, and a card for each area, into ``folder``.
 
-    What is measured is the network as it ships: rounded to half precision first.
+    ``record`` is the cross-validation of the same settings; calibration, thresholds and figures
+    come from it. Return the weights' file.
+
+    Raises:
+        Misconfigured: the record is of other settings than the run.
     """
-    told = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    spec = _preprocessing(told["settings"]["preprocessing"])
-    state = torch.load(run / "network.pt", weights_only=True)
-    half = {name: t.half().contiguous() for name, t in state.items() if t.is_floating_point()}
+    settings = run_settings(run)
+    if settings != record.settings:
+        raise Misconfigured(f"{run} was made with other settings than the record's: fit it again.")
     file = folder / "generalist.safetensors"
-    write_atomic(file, lambda stream: stream.write(save(half)))
-
-    network = EvidenceNet()
-    network.load_state_dict({name: t.float() for name, t in half.items()}, strict=False)
-    held_back = [film for film in films if film.split in told["held_out"]]
-    runtime = load(network, spec, runtime="torch", device="cpu")
-    exams = by_study(score_films(runtime, held_back, spec))
-    raw = cases_of(exams, None)
-    overall = _auc(raw)
-    calibration = _calibration(raw)
-    points = thresholds(cases_of(exams, calibration).probabilities, raw.labels)
-    notes = _NOTES
+    half = write_weights(run, file, torch.float16)
+    notes = _NOTES.format(folds=len(record.folds))
+    spec = settings.preprocessing
     if spec.enough is not None:
-        notes += _decoded(runtime, films, held_back, spec, spec.enough)
-    rates = cross_fitted_rates(raw)
+        runtime = load(fitted(half, settings.architecture), spec, runtime="torch", device="cpu")
+        notes += _decoded(runtime, films, settings)
+    stages = " and ".join(
+        f"{stage.epochs} epochs at {stage.size} pixels" for stage in settings.stages
+    )
+    origins = Origins(
+        training_data=_TRAINED_ON.format(epochs=stages, precision=settings.precision),
+        licence="MIT; trained on CC BY 4.0 data, attribution above",
+        origin="bundled",
+        source="training/fit.py",
+        notes=notes,
+    )
+    on = f"FracAtlas, out of fold ({len(record.folds)} folds)"
+    found = Measured(record.scores, record.target, on)
     for area in Area:
-        card = Card(
-            area=area,
-            target="fracture",
-            sha256=sha256_of(file),
-            preprocessing=spec,
-            operating_points=tuple(
-                OperatingPoint(
-                    name=name,
-                    threshold=round(points[name], 4),
-                    sensitivity=_rounded(rates[name][0].value),
-                    specificity=_rounded(rates[name][1].value),
-                )
-                for name in POINTS
-            ),
-            calibration=calibration,
-            training_data=_trained_on(told),
-            metrics=_metrics(exams, area),
-            licence="MIT; trained on CC BY 4.0 data, attribution above",
-            origin="bundled",
-            source="training/fit.py",
-            notes=notes,
+        write_card(
+            folder / "cards" / f"{area}.json",
+            card_for(area, file, settings, found, origins),
         )
-        _write_card(folder / "cards" / f"{area}.json", card)
-    return Published(file, overall)
+    return file
 
 
-def _decoded(
-    runtime: Runtime,
-    films: Sequence[Film],
-    held_back: Sequence[Film],
-    spec: Preprocessing,
-    enough: int,
-) -> str:
-    """Say what decoding at reduced size changes: the AUC, and the probabilities of large films."""
-    whole = replace(spec, decode="full")
-    large = [film for film in films if _longer_side(film.path) >= 2 * enough]
+def write_weights(run: Path, file: Path, precision: torch.dtype) -> dict[str, Tensor]:
+    """Write a run's network as safetensors and return its tensors, as they were rounded."""
+    state = torch.load(run / "network.pt", weights_only=True)
+    kept = {n: t.to(precision).contiguous() for n, t in state.items() if t.is_floating_point()}
+    write_atomic(file, lambda stream: stream.write(save(kept)))
+    return kept
+
+
+def write_card(target: Path, card: Card) -> None:
+    """Write a card whole or not at all."""
+    text = card.to_json().encode()
+    write_atomic(target, lambda stream: stream.write(text))
+
+
+def _decoded(runtime: Runtime, films: Sequence[Film], settings: FitSettings) -> str:
+    """Say what decoding at reduced size changes in the probabilities of large films."""
+    spec = settings.preprocessing
+    large = [film for film in films if _longer_side(film.path) >= 2 * (spec.enough or 1)]
+    if not large:
+        return ""
     reduced, full = (
         cases_of([[one] for one in score_films(runtime, large, how)], None).probabilities
-        for how in (spec, whole)
+        for how in (spec, replace(spec, decode="full"))
     )
     apart = np.abs(reduced - full)
-    return _DECODED.format(
-        auc=_auc(cases_of(by_study(score_films(runtime, held_back, whole)), None)).value,
-        films=len(large),
-        mean=apart.mean(),
-        most=apart.max(),
-    )
+    return _DECODED.format(films=len(large), mean=apart.mean(), most=apart.max())
 
 
 def _longer_side(path: Path) -> int:
@@ -133,60 +186,36 @@ def _longer_side(path: Path) -> int:
         return max(film.size)
 
 
-def _trained_on(told: dict[str, Any]) -> str:
-    settings = told["settings"]
-    epochs = " and ".join(f"{count} epochs at {size} pixels" for size, count in settings["epochs"])
-    held_out = " and ".join(told["held_out"])
-    return _TRAINED_ON.format(
-        films=told["films"], held_out=held_out, epochs=epochs, precision=settings["precision"]
-    )
-
-
-def _calibration(cases: Cases) -> Calibration | None:
-    """Return Platt's scaling, or None for a network that orders exams no better than chance."""
+def _calibration(cases: Cases, on: str) -> Calibration | None:
+    """Return Platt's scaling, or None for a network that orders studies no better than chance."""
     slope, intercept = fit_calibration(cases.logits, cases.labels)
     if slope <= 0:
         return None
-    fitted_on = f"{_count(cases)}, all areas, fold 0"
-    return Calibration(round(slope, 5), round(intercept, 5), fitted_on)
+    return Calibration(round(slope, 5), round(intercept, 5), f"{_count(cases)}; {on}")
 
 
-def _metrics(exams: Sequence[Sequence[FilmScore]], area: Area) -> dict[str, Metric]:
-    """Return the AUC over all areas, and over this area's exams where both classes are there."""
+def _metrics(exams: Sequence[Sequence[FilmScore]], area: Area, on: str) -> dict[str, Metric]:
+    """Return the AUC over all areas where there are several, and over this area's studies."""
     own = [exam for exam in exams if exam[0].film.area == area]
-    found = {"study_auc_all_areas": cases_of(exams, None)}
+    found = {}
+    if len(own) < len(exams):
+        found["study_auc_all_areas"] = cases_of(exams, None)
     if own:
         found["study_auc"] = cases_of(own, None)
-    estimates = {name: (_auc(cases), cases) for name, cases in found.items()}
-    return {
-        name: Metric(
-            round(told.value, 4),
-            _rounded(told.low),
-            _rounded(told.high),
-            f"{_count(cases)}, held back (fold 0); 95 % bootstrap over exams",
-        )
-        for name, (told, cases) in estimates.items()
-        if told.value is not None
-    }
-
-
-def _auc(cases: Cases) -> Estimate:
-    return estimate(lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients)
+    metrics = {}
+    for name, cases in found.items():
+        auc = estimate(partial(roc_auc, cases.logits, cases.labels), cases.patients)
+        if auc.value is not None:
+            words = f"{_count(cases)}; {on}; 95 % bootstrap over patients"
+            metrics[name] = Metric(
+                round(auc.value, 4), _rounded(auc.low), _rounded(auc.high), words
+            )
+    return metrics
 
 
 def _count(cases: Cases) -> str:
-    return f"{len(cases.labels)} exams of FracAtlas, {int(cases.labels.sum())} with a fracture"
+    return f"{len(cases.labels)} studies, {int(cases.labels.sum())} positive"
 
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def _preprocessing(data: dict[str, Any]) -> Preprocessing:
-    mean, std = tuple(data["mean"]), tuple(data["std"])
-    return Preprocessing(**(data | {"mean": mean, "std": std}))
-
-
-def _write_card(target: Path, card: Card) -> None:
-    text = card.to_json().encode()
-    write_atomic(target, lambda stream: stream.write(text))

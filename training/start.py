@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,10 @@ from torchvision.models import DenseNet121_Weights, densenet121
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
-from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import bundled_card, fitted, load_bundled, read_card
-from training.fit import FROM_NOTHING, FitSettings
+from mura_batch.weights_card import ARCHITECTURES
+from training.run_folder import run_settings
+from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
 
 _DAMAGED = (pickle.UnpicklingError, SafetensorError)
 
@@ -26,14 +26,25 @@ _DAMAGED = (pickle.UnpicklingError, SafetensorError)
 def settings_for(start: str) -> FitSettings:
     """Return the settings to train with by default: the whole way from nothing, else two phases.
 
-    Weights keep the preprocessing that the card (``FILE.json``) or the run beside them states.
+    Weights keep the preprocessing that the card (``FILE.json``) or the run beside them states; a
+    trunk goes on as the bundled one did.
+
+    Raises:
+        Misconfigured, WeightsRefused: the run or the card beside a file is damaged.
     """
     if start == "nothing":
         return FROM_NOTHING
+    if start == "imagenet":
+        return FitSettings()
     if start == "bundled":
-        return FitSettings(preprocessing=bundled_card(Area.XR_HAND).preprocessing)
-    spec = None if start == "imagenet" else _preprocessing_of(Path(start))
-    return FitSettings() if spec is None else FitSettings(preprocessing=spec)
+        return two_phases(bundled_card(Area.XR_HAND).preprocessing)
+    file = Path(start)
+    if file.with_suffix(".json").is_file():
+        return two_phases(read_card(file.with_suffix(".json")).preprocessing)
+    if file.with_name("run.json").is_file():
+        before = run_settings(file.parent)
+        return LIMB_FILMS if before.joint else two_phases(before.preprocessing)
+    return FitSettings()
 
 
 def state_of(start: str) -> Mapping[str, Tensor] | None:
@@ -81,20 +92,8 @@ def _of_file(file: Path) -> Mapping[str, Tensor]:
     named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
     if not (named and all(isinstance(tensor, Tensor) for tensor in state.values())):
         raise Misconfigured(f"{file} holds no tensors by name: give a network's state.")
+    architecture = ARCHITECTURES["encoder.layers.0.linear1.weight" in state]
     try:
-        return fitted(state).state_dict()
+        return fitted(state, architecture).state_dict()
     except WeightsRefused as exc:
         raise Misconfigured(f"{file} holds another network: {exc}") from exc
-
-
-def _preprocessing_of(file: Path) -> Preprocessing | None:
-    """Return how a file's network wants its input, as its card or its run beside it says."""
-    if file.with_suffix(".json").is_file():
-        return read_card(file.with_suffix(".json")).preprocessing
-    if (run := file.with_name("run.json")).is_file():
-        try:
-            told = json.loads(run.read_text(encoding="utf-8"))["settings"]["preprocessing"]
-            return Preprocessing(**told | {n: tuple(told[n]) for n in ("mean", "std")})
-        except (ValueError, KeyError, TypeError) as exc:
-            raise Misconfigured(f"{run} is damaged: it should say how {file} sees films.") from exc
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mura_batch.errors import Misconfigured
-from mura_batch.network import EvidenceNet
+from mura_batch.network import EvidenceNet, Network
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.inference import Inference, OutOfMemory, Runtime
 from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
@@ -12,7 +12,7 @@ __all__ = ["Inference", "OutOfMemory", "Runtime", "load"]
 
 
 def load(
-    network: EvidenceNet, spec: Preprocessing, *, runtime: str = "auto", device: str = "auto"
+    network: Network, spec: Preprocessing, *, runtime: str = "auto", device: str = "auto"
 ) -> Runtime:
     """Make ``network`` ready to score; it belongs to the runtime from now on.
 
@@ -20,7 +20,7 @@ def load(
         network: with its weights, on the CPU.
         spec: the preprocessing from the weights' card: size, mean, standard deviation.
         runtime: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is
-            installed, else torch.
+            installed, else torch. The hybrid's map needs gradients, so torch runs it.
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda:N``, ``mps``.
 
     Raises:
@@ -39,6 +39,13 @@ def load(
                 " set `runtime` to auto or torch, or `device` to cpu"
             )
         return TorchRuntime(network, spec, found)
+    if not isinstance(network, EvidenceNet):
+        if runtime == "auto":
+            return TorchRuntime(network, spec, found)
+        raise Misconfigured(
+            "the openvino runtime has no gradients, which the map of a hybrid network needs: set"
+            " `runtime` to auto or torch"
+        )
     try:
         from mura_batch.runtime.openvino_runtime import OpenVinoRuntime  # noqa: PLC0415 - an extra
     except ImportError as exc:

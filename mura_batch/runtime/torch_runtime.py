@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mura_batch.errors import Misconfigured
-from mura_batch.network import Evidence, EvidenceNet, normalise
+from mura_batch.network import Evidence, Network, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.inference import Inference, memory_watched, watched
 
@@ -29,7 +29,7 @@ class TorchRuntime:
 
     name: Final = "torch"
 
-    def __init__(self, network: EvidenceNet, spec: Preprocessing, device: str) -> None:
+    def __init__(self, network: Network, spec: Preprocessing, device: str) -> None:
         self.device: Final = device
         self._spec = spec
         with memory_watched(0, device):

@@ -46,6 +46,7 @@ def _upper_limb(folder: Path, row: Row) -> Iterator[Film]:
         label=row.label("fractured"),
         split=row["fold"],
         also=tuple(filter(None, row["also"].split(";"))),
+        views=_views(row),
         boxes=row.boxes("boxes"),
         hardware=any(seen) if seen else None,
         where=row.where,
@@ -60,7 +61,12 @@ def _other(folder: Path, row: Row) -> Iterator[Film]:
         patient=name,
         area=row.need("region"),
         label=row.label("fractured"),
+        views=_views(row),
         boxes=row.boxes("boxes"),
         hardware=row.flag("hardware"),
         where=row.where,
     )
+
+
+def _views(row: Row) -> tuple[str, ...]:
+    return tuple(view for view in ("frontal", "lateral", "oblique") if row.flag(view))

@@ -1,0 +1,203 @@
+"""Cross-validation: each fold scored by a network that never saw its patients, and the record.
+
+A record is one JSON file that says how a method did: its settings, the data's digest, epochs and
+seconds, and what each film out of fold got. Reports and cards are made of records alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor
+
+from mura_batch.area import Area
+from mura_batch.errors import Misconfigured
+from mura_batch.runtime import load
+from mura_batch.weights import fitted
+from training.dataset import Dataset, Film
+from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, score_films
+from training.fit import fit
+from training.localisation import Localised
+from training.metrics import estimate, roc_auc
+from training.run_folder import run_settings, write_json
+from training.settings import FitSettings, settings_of
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One fold of a cross-validation.
+
+    Attributes:
+        films: that were trained on.
+        data: their digest.
+        seconds: that the training took.
+    """
+
+    name: str
+    films: int
+    data: str
+    epochs: int
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a method did on folds that it had not seen.
+
+    Attributes:
+        start: what training began with, in words or a digest.
+        areas: that were trained on and scored.
+        scores: of the films out of fold; their paths are names alone.
+    """
+
+    settings: FitSettings
+    start: str
+    target: str
+    areas: tuple[str, ...]
+    folds: tuple[Fold, ...]
+    scores: tuple[FilmScore, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`read` reads."""
+        return {
+            "settings": asdict(self.settings),
+            "start": self.start,
+            "target": self.target,
+            "areas": self.areas,
+            "folds": [asdict(fold) for fold in self.folds],
+            "scores": [_row(score) for score in self.scores],
+        }
+
+    @classmethod
+    def read(cls, file: Path) -> Record:
+        """Read a record.
+
+        Raises:
+            Misconfigured: it is none.
+        """
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            return cls(
+                settings_of(told["settings"]),
+                told["start"],
+                told["target"],
+                tuple(told["areas"]),
+                tuple(Fold(**fold) for fold in told["folds"]),
+                tuple(map(_score, told["scores"])),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise Misconfigured(f"{file} is no record of a cross-validation: {exc!r}") from exc
+
+
+def _row(score: FilmScore) -> list[Any]:
+    film, where = score.film, score.localised
+    found = None if where is None else [round(float(v), 4) for v in asdict(where).values()]
+    return [
+        film.path.name,
+        film.study,
+        film.patient,
+        film.area,
+        film.split,
+        film.label,
+        None if film.hardware is None else int(film.hardware),
+        score.logit,
+        found,
+    ]
+
+
+def _score(row: Sequence[Any]) -> FilmScore:
+    name, study, patient, area, split, label, hardware, logit, found = row
+    told = None if hardware is None else bool(hardware)
+    film = Film(Path(name), study, patient, area, label, split=split, hardware=told)
+    where = None if found is None else Localised(bool(found[0]), *found[1:])
+    return FilmScore(film, logit, where)
+
+
+def cross_validate(
+    data: Dataset,
+    run: Path,
+    settings: FitSettings,
+    *,
+    folds: Collection[str],
+    start: Mapping[str, Tensor] | None = None,
+    begins: str = "nothing",
+    device: str = "cpu",
+    workers: int = 2,
+) -> Record:
+    """Train without each fold and score it; write ``run/record.json`` after each.
+
+    Films of no area of ours are trained on, not scored. A run that was cut off goes on.
+
+    Raises:
+        Misconfigured: there is no such fold, and as for :func:`training.fit.fit`.
+    """
+    data.has_splits(folds)
+    done: list[Fold] = []
+    scores: list[FilmScore] = []
+    for name in folds:
+        own = run / f"fold-{name}"
+        fit(data, own, settings, held_out=[name], start=start, device=device, workers=workers)
+        films = [f for f in data.films if f.split == name and f.area in set(Area)]
+        scores += score_run(own, films, device)
+        done.append(_fold(name, own))
+        areas = tuple(sorted({score.film.area for score in scores}))
+        record = Record(settings, begins, data.target, areas, tuple(done), tuple(scores))
+        write_json(record.to_json(), run / "record.json", indent=None)
+    return record
+
+
+def score_run(run: Path, films: Sequence[Film], device: str = "cpu") -> list[FilmScore]:
+    """Score films with the network of a run, as the product does.
+
+    Raises:
+        Misconfigured: a film cannot be read.
+    """
+    settings = run_settings(run)
+    state = torch.load(run / "network.pt", weights_only=True)
+    runtime = load(fitted(state, settings.architecture), settings.preprocessing, device=device)
+    return score_films(runtime, films, settings.preprocessing)
+
+
+def _fold(name: str, run: Path) -> Fold:
+    told = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+    return Fold(name, told["films"], told["data"], outcome["epochs"], outcome["seconds"])
+
+
+def folded(data: Dataset, count: int, seed: int) -> Dataset:
+    """Return the films with new splits ``0`` … : no patient is in two, labels are spread evenly.
+
+    Raises:
+        Misconfigured: one label has fewer patients than there are folds.
+    """
+    films = np.array(data.films, object)
+    labels = [film.label for film in data.films]
+    patients = [film.patient for film in data.films]
+    fewest = min(len({f.patient for f in data.films if f.label == label}) for label in (0, 1))
+    if fewest < count:
+        raise Misconfigured(
+            f"{fewest} patients of one label are too few for {count} folds: give more films."
+        )
+    divided = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    parts = enumerate(divided.split(films, labels, patients))
+    moved = [replace(films[n], split=str(fold)) for fold, (_, own) in parts for n in own]
+    return replace(data, films=tuple(moved))
+
+
+def study_figures(record: Record) -> Iterator[str]:
+    """Yield a line of the study level's AUC for each area, and for all."""
+    for area in (*record.areas, ALL_AREAS):
+        own = [one for one in record.scores if area in (one.film.area, ALL_AREAS)]
+        cases = cases_of(by_study(own), None)
+        auc = estimate(partial(roc_auc, cases.logits, cases.labels), cases.patients)
+        told = "-" if auc.value is None else f"{auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})"
+        count, positive = len(cases.labels), int(cases.labels.sum())
+        yield f"{area}: {count} studies, {positive} positive, AUC {told}"

@@ -1,0 +1,50 @@
+"""How fast each part of a network learns, and when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from training.settings import FitSettings, Phase
+
+_BLOCKS = (  # of the trunk, from the top; what is below learns more slowly
+    ("norm5", "denseblock4"),
+    ("transition3", "denseblock3"),
+    ("transition2", "denseblock2"),
+    ("transition1", "denseblock1"),
+    ("conv0", "norm0"),
+)
+
+
+def parameter_groups(
+    network: nn.Module, settings: FitSettings, phase: Phase
+) -> list[dict[str, Any]]:
+    """Return an optimiser's groups: a rate a block; biases and norms do not decay."""
+    head = [module for name, module in network.named_children() if name != "features"]
+    trunk = [[network.get_submodule(f"features.{n}") for n in names] for names in _BLOCKS]
+    groups = []
+    blocks = [head] if phase == "head" else [head, *trunk]
+    top = settings.head_rate if phase == "head" else settings.rate
+    for depth, modules in enumerate(blocks):
+        members = [p for module in modules for p in module.parameters()]
+        rate = top * settings.block_decay**depth
+        for decays in (True, False):
+            some = [p for p in members if (p.ndim > 1) is decays]
+            decay = settings.weight_decay if decays else 0.0
+            groups.append({"params": some, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def warm_cosine(steps: int) -> Callable[[int], float]:
+    """Return the learning rate's factor per step: a short rise, then half a cosine to 0."""
+    warm = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+
+    return factor

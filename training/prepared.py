@@ -1,0 +1,134 @@
+"""Films as a network sees them, read once and kept in a file that epochs map into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mura_batch.atomic import write_atomic
+from mura_batch.network_input import Box
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.radiograph import read_film
+from training.dataset import Film, Region
+
+_HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp
+_CHUNK = 16  # films that a process reads at a time
+_FEW = 200  # films that one process has read before others have started
+
+Edges = tuple[float, float, float, float]  # left, top, right, bottom as shares of the square
+_Read = tuple[NDArray[np.uint8], tuple[Edges, ...]]
+
+
+class Prepared(NamedTuple):
+    """Films of one preprocessing, in the order in which they were given.
+
+    Attributes:
+        file: uint8 (N, S, S) in NumPy's format.
+        boxes: each film's boxes, cut to the square that the network sees.
+    """
+
+    file: Path
+    boxes: tuple[tuple[Edges, ...], ...]
+
+    def mapped(self) -> NDArray[np.uint8]:
+        """Return the films, mapped into memory."""
+        pixels: NDArray[np.uint8] = np.load(self.file, mmap_mode="r")
+        return pixels
+
+
+def prepared(
+    films: Sequence[Film],
+    spec: Preprocessing,
+    folder: Path,
+    *,
+    headroom: bool = False,
+    workers: int = 0,
+) -> Prepared:
+    """Return the films, read where ``folder`` does not have them yet.
+
+    With ``headroom`` S is larger than the network's input. The file's name says of which films
+    and how. ``workers`` processes read them.
+
+    Raises:
+        Misconfigured: a film cannot be read.
+    """
+    if headroom:
+        spec = replace(spec, size=round(spec.size * _HEADROOM))
+    told = repr([_identity(film) for film in films]) + repr(spec)
+    name = f"films-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    file, boxes = folder / f"{name}.npy", folder / f"{name}.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        found = _read_all(films, spec, file, workers if len(films) > _FEW else 0)
+        text = json.dumps(found).encode()
+        write_atomic(boxes, lambda stream: stream.write(text))
+        file.with_suffix(".part").replace(file)
+    kept = json.loads(boxes.read_text(encoding="utf-8"))
+    return Prepared(file, tuple(tuple(tuple(box) for box in of_film) for of_film in kept))
+
+
+def _read_all(
+    films: Sequence[Film], spec: Preprocessing, file: Path, workers: int
+) -> list[tuple[Edges, ...]]:
+    """Write the films' pixels beside ``file`` and return their boxes."""
+    shape = (len(films), spec.size, spec.size)
+    pixels = open_memmap(file.with_suffix(".part"), mode="w+", dtype=np.uint8, shape=shape)
+    found: list[tuple[Edges, ...]] = []
+    with _mapping(workers) as mapped:
+        read = mapped(partial(_read, spec), films)
+        for number, (seen, boxes) in enumerate(
+            tqdm(read, desc="reading films", total=len(films), disable=None)
+        ):
+            pixels[number] = seen
+            found.append(boxes)
+    pixels.flush()
+    return found
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Callable[..., Iterator[_Read]]]:
+    if not workers:
+        yield map
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield partial(pool.map, chunksize=_CHUNK)
+
+
+def _read(spec: Preprocessing, film: Film) -> _Read:
+    with film.named():
+        luminance, seen = read_film(film.path, film.frame, spec)
+    height, width = luminance.shape
+    edges = (_edges(box, seen.box, height, width) for box in film.boxes)
+    return seen.pixels, tuple(box for box in edges if box[0] < box[2] and box[1] < box[3])
+
+
+def _edges(box: Region, seen: Box, height: int, width: int) -> Edges:
+    """Return a box of a film as shares of what the network sees, cut to it."""
+    across, down = seen.right - seen.left, seen.bottom - seen.top
+    left, right = (
+        min(1.0, max(0.0, (x * width - seen.left) / across))
+        for x in (box.x - box.width / 2, box.x + box.width / 2)
+    )
+    top, bottom = (
+        min(1.0, max(0.0, (y * height - seen.top) / down))
+        for y in (box.y - box.height / 2, box.y + box.height / 2)
+    )
+    return left, top, right, bottom
+
+
+def _identity(film: Film) -> tuple[object, ...]:
+    status = film.path.stat()
+    return str(film.path), film.frame, film.boxes, status.st_size, status.st_mtime_ns

@@ -1,0 +1,143 @@
+"""What a run leaves in its folder, whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mura_batch.atomic import write_atomic
+from mura_batch.errors import Misconfigured, Transient
+from mura_batch.weights import sha256_of
+from training.dataset import Film
+from training.settings import FitSettings, settings_of
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder.
+
+    Raises:
+        Transient: one is in it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise Transient(
+                f"{run}: another process trains in it: wait for it, or end it."
+            ) from exc
+        yield
+
+
+def describe(
+    run: Path,
+    settings: FitSettings,
+    films: Sequence[Film],
+    aside: Sequence[Film],
+    besides: Mapping[str, object],
+) -> None:
+    """Write what a run is made of, or hold it against what is there.
+
+    ``besides`` has what was held out, and the digest of the state to begin with (``start``).
+
+    Raises:
+        Misconfigured: the folder holds another run.
+    """
+    told = {
+        **besides,
+        "settings": asdict(settings),
+        "data": data_digest([*films, *aside]),
+        "films": len(films),
+        "aside": len(aside),
+        "versions": {name: version(name) for name in ("mura-batch", "torch", "torchvision")}
+        | {"python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+    }
+    file = run / "run.json"
+    if not file.exists():
+        write_json(told, file)
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        here = json.loads(json.dumps(told))
+        differing = [name for name in ("settings", "start", "data") if before[name] != here[name]]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise Misconfigured(f"{file} is damaged: name another folder.") from exc
+    if differing:
+        raise Misconfigured(
+            f"{run} holds another run ({', '.join(differing)} differ): name another folder."
+        )
+
+
+def run_settings(run: Path) -> FitSettings:
+    """Return the settings of a run.
+
+    Raises:
+        Misconfigured: the folder's record of them is missing or damaged.
+    """
+    file = run / "run.json"
+    try:
+        return settings_of(json.loads(file.read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise Misconfigured(f"{file} is damaged: it should say how the run was made.") from exc
+
+
+def data_digest(films: Sequence[Film]) -> str:
+    """Return a digest of the films' contents and labels, in their order."""
+    digest = hashlib.sha256()
+    for film in films:
+        content = sha256_of(film.path)
+        told = (content, film.frame, film.study, film.patient, film.area, film.label, film.weight)
+        digest.update(repr(told).encode())
+    return digest.hexdigest()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Return a digest of a network's names and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_json(told: object, file: Path, *, indent: int | None = 1) -> None:
+    """Write a record whole or not at all."""
+    text = json.dumps(told, indent=indent) + "\n"
+    write_atomic(file, lambda stream: stream.write(text.encode()))
+
+
+def write_log(file: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write the figures of a run's epochs as CSV."""
+    stream = io.StringIO()
+    table = csv.DictWriter(stream, ("epoch", *history[-1]))
+    table.writeheader()
+    table.writerows({"epoch": n, **told} for n, told in enumerate(history, start=1))
+    write_atomic(file, lambda out: out.write(stream.getvalue().encode()))
+
+
+def save(state: object, target: Path) -> None:
+    """Write a state whole or not at all.
+
+    Raises:
+        Transient: the disk is full.
+    """
+    try:
+        write_atomic(target, lambda stream: torch.save(state, stream))
+    except (OSError, RuntimeError) as exc:
+        raise Transient(
+            f"{target} cannot be written ({str(exc).splitlines()[0]}): make room; the same command"
+            " goes on after the last whole epoch."
+        ) from exc
