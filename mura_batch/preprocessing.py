@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Fit = Literal["squash", "pad"]
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
@@ -24,7 +26,7 @@ class Preprocessing:
 
     size: int = 224
     crop: Literal["none", "foreground"] = "none"
-    fit: Literal["squash", "pad"] = "squash"
+    fit: Fit = "squash"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     decode: Literal["full", "reduced"] = "full"

@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from site_home import film
 from test_training_data import write_manifest
+from tiny_atlas import TINY, write_atlas
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient
@@ -39,36 +39,10 @@ from training.settings import FitSettings, Stage
 from training.sources import fracatlas, read
 from training.start import settings_for, state_of
 
-TINY = FitSettings(
-    Preprocessing(size=64, crop="foreground", fit="pad"),
-    head_epochs=1,
-    stages=(Stage(32, 1), Stage(64, 2)),
-    patience=5,
-    aside=0.5,
-    batch=4,
-)
-
 
 @pytest.fixture(scope="module")
 def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder laid out as FracAtlas is, with twenty films of ten exams in two folds."""
-    root = tmp_path_factory.mktemp("atlas")
-    with (root / "labels.csv").open("w", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(["image_id", "exam", "area", "fractured", "fold"])
-        for number in range(20):
-            name = f"IMG{number:07}.png"
-            film(root / "images" / name, number, size=96)
-            exam = number // 2
-            table.writerow([name, f"{exam:04}", "XR_HAND", int(exam % 3 == 0), exam % 2])
-        film(root / "images/IMG9.png", 98, size=96)
-        table.writerow(["IMG9.png", "9999", "NONE", 0, 0])
-    with (root / "other.csv").open("w", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(["image_id", "region", "fractured"])
-        table.writerow(["leg.png", "leg", 0])
-    film(root / "other" / "leg.png", 99, size=96)
-    return root
+    return write_atlas(tmp_path_factory.mktemp("atlas"))
 
 
 def test_films_that_show_no_upper_limb_are_left_out(atlas: Path) -> None:
@@ -140,7 +114,8 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
 
 def test_a_run_killed_at_any_moment_goes_on(atlas: Path, whole: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from test_training import TINY, fit, fracatlas\n"
+        "import sys; from pathlib import Path; from tiny_atlas import TINY\n"
+        "from training.fit import fit; from training.sources import fracatlas\n"
         "fit(fracatlas.read(Path(sys.argv[1])), Path(sys.argv[2]), TINY, held_out=['0'], workers=0)"
     )
     run = tmp_path / "run"

@@ -18,6 +18,7 @@ from training.fit_commands import (
     cross_validate_command,
     fit_command,
     pretrain,
+    search_command,
 )
 from training.sources import fracatlas, read
 
@@ -175,6 +176,7 @@ def evaluate_command(
 training.add_command(pretrain)
 training.add_command(fit_command)
 training.add_command(cross_validate_command)
+training.add_command(search_command)
 
 
 @training.command()

@@ -27,7 +27,7 @@ from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, score_fi
 from training.fit import fit
 from training.localisation import Localised
 from training.metrics import estimate, roc_auc
-from training.run_folder import run_settings, write_json
+from training.run_folder import read_settings, write_json
 from training.settings import FitSettings, settings_of
 
 
@@ -160,7 +160,7 @@ def score_run(run: Path, films: Sequence[Film], device: str = "cpu") -> list[Fil
     Raises:
         Misconfigured: a film cannot be read.
     """
-    settings = run_settings(run)
+    settings = read_settings(run / "run.json")
     state = torch.load(run / "network.pt", weights_only=True)
     runtime = load(fitted(state, settings.architecture), settings.preprocessing, device=device)
     return score_films(runtime, films, settings.preprocessing)

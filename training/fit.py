@@ -52,11 +52,13 @@ def fit(
     start: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     workers: int = 2,
+    cache: Path | None = None,
     stop_after: int | None = None,
 ) -> None:
     """Train on the films outside the splits ``held_out`` and leave ``run/network.pt``.
 
-    ``start`` is the state to begin with, None for random weights. Where ``run`` holds a run that
+    ``start`` is the state to begin with, None for random weights; ``cache`` the folder of prepared
+    films, by default ``films`` beside the run. Where ``run`` holds a run that
     was cut off, that goes on; ``stop_after`` epochs cuts it off on purpose.
 
     Raises:
@@ -66,7 +68,7 @@ def fit(
     """
     device = find_device(device)
     sides = divide(data.checked().has_splits(held_out).films, held_out, settings)
-    inputs = _prepare(sides, settings.preprocessing, run.parent / "films", workers)
+    inputs = _prepare(sides, settings.preprocessing, cache or run.parent / "films", workers)
     torch.use_deterministic_algorithms(device == "cpu")
     torch.manual_seed(settings.seed)
     network = network_of(settings.architecture)
@@ -383,9 +385,13 @@ class _Trainer:
         self._seconds = state["seconds"]
 
 
+class LossIsNoNumber(Misconfigured):
+    """Training went off: nothing of this run is of use."""
+
+
 def _finite(loss: float, name: str) -> None:
     if not math.isfinite(loss):
-        raise Misconfigured(
+        raise LossIsNoNumber(
             f"The loss is {loss} in {name}: try a smaller rate, or precision f32. Nothing was"
             " replaced."
         )

@@ -1,4 +1,4 @@
-"""``pretrain``, ``fit``, ``cross-validate``: the commands that train."""
+"""``pretrain``, ``fit``, ``cross-validate``, ``search``: the commands that train."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ _SETTINGS = (
 _FITTED = (
     click.option("--area", type=AREA, multiple=True, help="Films of this area (again for more)."),
     click.option("--start", metavar="HOW", default="nothing", show_default=True, help=_START),
+    click.option("--settings", type=FOUND, help="best.json of a search, or run.json of a run."),
 )
 
 
@@ -190,8 +191,74 @@ def cross_validate_command(
     click.echo(f"written to {run / 'record.json'}", err=True)
 
 
+@click.command("search")
+@_all(*_DATA, *_FITTED)
+@click.option("--held-out", multiple=True, metavar="SPLIT", help="Never looked at.")
+@click.option("--trials", type=click.IntRange(1), default=20, show_default=True)
+@click.option(
+    "--folds",
+    type=click.IntRange(2),
+    default=3,
+    show_default=True,
+    help="Of the patients that are looked at.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that run trials.",
+)
+@_all(*_SETTINGS, _MACHINE[1])
+def search_command(
+    *,
+    path: Path,
+    run: Path,
+    labels: Path | None,
+    area: tuple[str, ...],
+    held_out: tuple[str, ...],
+    start: str,
+    trials: int,
+    folds: int,
+    jobs: int,
+    device: str,
+    **changes: Any,
+) -> None:
+    """Look for better settings by cross-validation of the films that are not held out.
+
+    Rates, weight decay, augmentation, imbalance, frozen epochs, input size and padding; each
+    trial begins with what the options say. `fit --settings RUN/best.json` takes the best. A
+    search that was cut off goes on.
+
+    \b
+    python -m training search MURA-v1.1 runs/wrist-search --area XR_WRIST --held-out valid
+    """
+    from training.search import search
+    from training.start import settings_for, state_of
+
+    click.echo(NOTICE, err=True)
+    data = read(path, labels)
+    best = search(
+        data.only(area) if area else data,
+        run,
+        _changed(settings_for(start), changes),
+        trials=trials,
+        folds=folds,
+        held_out=held_out,
+        start=state_of(start),
+        device=device,
+        jobs=jobs,
+    )
+    click.echo(f"study AUC {best.study_auc:.3f}, the best of {best.trials} trials")
+    click.echo(f"written to {run / 'best.json'}", err=True)
+
+
 def _changed(settings: FitSettings, changes: dict[str, Any]) -> FitSettings:
-    """Return settings with those that were given on the command line."""
+    """Return settings, or a file's, with those that were given on the command line."""
+    from training.run_folder import read_settings
+
+    if (file := changes.pop("settings", None)) is not None:
+        settings = read_settings(file)
     given = {name: value for name, value in changes.items() if value is not None}
     if (epochs := given.pop("epochs", None)) is not None:
         *before, last = settings.stages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -72,10 +73,11 @@ def prepared(
     file, boxes = folder / f"{name}.npy", folder / f"{name}.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        found = _read_all(films, spec, file, workers if len(films) > _FEW else 0)
+        part = folder / f"{name}.{os.getpid()}.part"  # others may make the same
+        found = _read_all(films, spec, part, workers if len(films) > _FEW else 0)
         text = json.dumps(found).encode()
         write_atomic(boxes, lambda stream: stream.write(text))
-        file.with_suffix(".part").replace(file)
+        part.replace(file)
     kept = json.loads(boxes.read_text(encoding="utf-8"))
     return Prepared(file, tuple(tuple(tuple(box) for box in of_film) for of_film in kept))
 
@@ -83,9 +85,9 @@ def prepared(
 def _read_all(
     films: Sequence[Film], spec: Preprocessing, file: Path, workers: int
 ) -> list[tuple[Edges, ...]]:
-    """Write the films' pixels beside ``file`` and return their boxes."""
+    """Write the films' pixels and return their boxes."""
     shape = (len(films), spec.size, spec.size)
-    pixels = open_memmap(file.with_suffix(".part"), mode="w+", dtype=np.uint8, shape=shape)
+    pixels = open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
     found: list[tuple[Edges, ...]] = []
     with _mapping(workers) as mapped:
         read = mapped(partial(_read, spec), films)

@@ -24,7 +24,7 @@ from training.crossval import Record
 from training.dataset import Film
 from training.evaluate import FilmScore, by_study, cases_of, score_films
 from training.metrics import Cases, estimate, roc_auc
-from training.run_folder import run_settings
+from training.run_folder import read_settings
 from training.settings import FitSettings
 
 _TRAINED_ON = (
@@ -123,7 +123,7 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     Raises:
         Misconfigured: the record is of other settings than the run.
     """
-    settings = run_settings(run)
+    settings = read_settings(run / "run.json")
     if settings != record.settings:
         raise Misconfigured(f"{run} was made with other settings than the record's: fit it again.")
     file = folder / "generalist.safetensors"

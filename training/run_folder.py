@@ -82,17 +82,16 @@ def describe(
         )
 
 
-def run_settings(run: Path) -> FitSettings:
-    """Return the settings of a run.
+def read_settings(file: Path) -> FitSettings:
+    """Return the settings in ``run.json`` of a run, or ``best.json`` of a search.
 
     Raises:
-        Misconfigured: the folder's record of them is missing or damaged.
+        Misconfigured: they are missing or damaged.
     """
-    file = run / "run.json"
     try:
         return settings_of(json.loads(file.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise Misconfigured(f"{file} is damaged: it should say how the run was made.") from exc
+        raise Misconfigured(f"{file} is damaged: it should say how a run is made.") from exc
 
 
 def data_digest(films: Sequence[Film]) -> str:

@@ -17,7 +17,7 @@ from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
 from mura_batch.weights import bundled_card, fitted, load_bundled, read_card
 from mura_batch.weights_card import ARCHITECTURES
-from training.run_folder import run_settings
+from training.run_folder import read_settings
 from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
 
 _DAMAGED = (pickle.UnpicklingError, SafetensorError)
@@ -42,7 +42,7 @@ def settings_for(start: str) -> FitSettings:
     if file.with_suffix(".json").is_file():
         return two_phases(read_card(file.with_suffix(".json")).preprocessing)
     if file.with_name("run.json").is_file():
-        before = run_settings(file.parent)
+        before = read_settings(file.with_name("run.json"))
         return LIMB_FILMS if before.joint else two_phases(before.preprocessing)
     return FitSettings()
 

@@ -1,0 +1,94 @@
+"""A search for settings: within the training set, cut off and gone on, side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from tiny_atlas import TINY, write_atlas
+
+from mura_batch.errors import Misconfigured
+from training.crossval import folded
+from training.run_folder import read_settings
+from training.search import search
+from training.settings import Stage
+from training.sources import read
+
+SMALL = replace(TINY, head_epochs=0, stages=(Stage(64, 1),), patience=None)
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_atlas(tmp_path_factory.mktemp("atlas"))
+
+
+def trials(run: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = JournalStorage(JournalFileBackend(str(run / "journal.log")))
+    return optuna.load_study(study_name="settings", storage=storage).trials
+
+
+def test_the_first_trial_is_the_base_and_what_is_held_out_is_not_looked_at(
+    atlas: Path, tmp_path: Path
+) -> None:
+    data = read(atlas)
+    changed = tuple(
+        replace(f, path=f.path.with_suffix(".none")) if f.split == "0" else f for f in data.films
+    )
+    found = search(
+        replace(data, films=changed), tmp_path / "run", SMALL, trials=1, folds=2, held_out=["0"]
+    )
+    assert found.trials == 1
+    assert found.settings == SMALL
+    assert 0 <= found.study_auc <= 1
+    assert read_settings(tmp_path / "run/best.json") == SMALL
+    with pytest.raises(Misconfigured, match="another search"):
+        search(data, tmp_path / "run", replace(SMALL, rate=1.0), trials=1, folds=2)
+    with pytest.raises(Misconfigured, match="too few"):
+        search(data, tmp_path / "other", SMALL, trials=1, folds=5)
+
+
+def test_a_search_killed_in_a_trial_goes_on_with_it(atlas: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from test_search import SMALL, read, search\n"
+        "if __name__ == '__main__':\n"
+        "    search(read(Path(sys.argv[1])), Path(sys.argv[2]), SMALL, trials=2, folds=2,"
+        " held_out=['0'], jobs=int(sys.argv[3]))"
+    )
+    run = tmp_path / "run"
+    (tmp_path / "search_it.py").write_text(script)
+    here = Path(__file__).parent
+    command = [sys.executable, tmp_path / "search_it.py", atlas, run]
+    env = {"PYTHONPATH": f"{here}:{here.parent}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, "1"], env=env) as child:
+        while child.poll() is None and not list(run.glob("trials/*/0/state.pt")):
+            time.sleep(0.01)
+        child.kill()
+    (cut,) = trials(run)
+    assert cut.state is TrialState.RUNNING
+    subprocess.run([*command, "2"], env=env, check=True)
+    first, *others = trials(run)
+    assert first.state is TrialState.FAIL
+    assert cut.params in [trial.params for trial in others]
+    assert sum(t.state in {TrialState.COMPLETE, TrialState.PRUNED} for t in others) >= 2
+    assert not list(run.glob("trials/*/*/network.pt"))
+
+
+def test_folds_share_no_patient_and_miss_none(atlas: Path) -> None:
+    data = read(atlas)
+    made = folded(data, 3, seed=1)
+    assert {film.path for film in made.films} == {film.path for film in data.films}
+    splits: dict[str, set[str]] = {}
+    for film in made.films:
+        splits.setdefault(film.patient, set()).add(film.split)
+    assert all(len(of_patient) == 1 for of_patient in splits.values())
+    assert folded(data, 3, seed=1) == made
+    for fold in "012":
+        assert {film.label for film in made.films if film.split == fold} == {0, 1}

@@ -1,0 +1,40 @@
+"""A folder laid out as FracAtlas is, and settings that train on it in seconds."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from site_home import film
+
+from mura_batch.preprocessing import Preprocessing
+from training.settings import FitSettings, Stage
+
+TINY = FitSettings(
+    Preprocessing(size=64, crop="foreground", fit="pad"),
+    head_epochs=1,
+    stages=(Stage(32, 1), Stage(64, 2)),
+    patience=5,
+    aside=0.5,
+    batch=4,
+)
+
+
+def write_atlas(root: Path) -> Path:
+    """Write twenty hand films of ten exams in two folds, one trunk film and one of a leg."""
+    with (root / "labels.csv").open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["image_id", "exam", "area", "fractured", "fold"])
+        for number in range(20):
+            name = f"IMG{number:07}.png"
+            film(root / "images" / name, number, size=96)
+            exam = number // 2
+            table.writerow([name, f"{exam:04}", "XR_HAND", int(exam % 3 == 0), exam % 2])
+        film(root / "images/IMG9.png", 98, size=96)
+        table.writerow(["IMG9.png", "9999", "NONE", 0, 0])
+    with (root / "other.csv").open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["image_id", "region", "fractured"])
+        table.writerow(["leg.png", "leg", 0])
+    film(root / "other" / "leg.png", 99, size=96)
+    return root

@@ -1,0 +1,237 @@
+"""A search for settings: one Optuna study per folder, measured within the training set.
+
+Each trial is a patient-grouped cross-validation of the films outside ``held_out``; what is held
+out is never looked at. The folder keeps Optuna's journal and a folder for each trial's settings,
+so that a search that was cut off goes on, in the middle of a trial too, and several processes
+can work on one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import MaxTrialsCallback
+from optuna.trial import TrialState
+from torch import Tensor
+
+from mura_batch.errors import Misconfigured, Transient
+from mura_batch.preprocessing import Fit
+from training.crossval import folded, score_run
+from training.dataset import Dataset
+from training.fit import LossIsNoNumber, divide, fit, study_auc
+from training.loader import CELL
+from training.run_folder import alone_in, data_digest, write_json
+from training.settings import FitSettings, Imbalance, settings_of
+
+_NAME = "settings"  # of the one study in a folder's journal
+_LARGER = 10 / 7  # of the input size: 320 instead of 224
+_LARGE = ("state.pt", "best.pt", "network.pt")  # of a trial, not needed once it has ended
+_STARTUP = 5  # trials before the first is pruned
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """What a search found.
+
+    Attributes:
+        study_auc: mean over the folds.
+        trials: that were finished or pruned.
+    """
+
+    settings: FitSettings
+    study_auc: float
+    trials: int
+
+
+def search(
+    data: Dataset,
+    run: Path,
+    base: FitSettings,
+    *,
+    trials: int,
+    folds: int = 3,
+    held_out: Collection[str] = (),
+    start: Mapping[str, Tensor] | None = None,
+    device: str = "cpu",
+    jobs: int = 1,
+) -> Best:
+    """Look for better settings than ``base`` until so many trials have ended; write
+    ``run/best.json``.
+
+    Raises:
+        Misconfigured: as for :func:`training.fit.fit`, or the folder holds another search.
+        Transient: no trial has come to an end.
+    """
+    within = _within(data, held_out, folds, base)
+    told = {
+        "data": data_digest(within.films),
+        "base": json.loads(json.dumps(asdict(base))),
+        "folds": folds,
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    if (run / "search.json").exists():
+        if json.loads((run / "search.json").read_text(encoding="utf-8")) != told:
+            raise Misconfigured(f"{run} holds another search: name another folder.")
+    else:
+        write_json(told, run / "search.json")
+    with alone_in(run):
+        _begin_anew(_study(run, base), base)
+        work = _Search(within, run, base, start, device)
+        if jobs == 1:
+            work.until(trials, base.seed)
+        else:
+            _side_by_side([partial(work.until, trials, base.seed + n) for n in range(jobs)])
+    return _best(run, base)
+
+
+def _side_by_side(works: Sequence[Callable[[], None]]) -> None:
+    """Do them in a process each.
+
+    Raises:
+        Transient: one of them failed; it has said why.
+    """
+    others = [get_context("spawn").Process(target=work) for work in works]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    if any(other.exitcode for other in others):
+        raise Transient("A process of the search failed: run the same command again.")
+
+
+def _within(data: Dataset, held_out: Collection[str], folds: int, base: FitSettings) -> Dataset:
+    """Return the films that may be looked at, in folds of patients."""
+    data = data.checked().has_splits(held_out)
+    kept = replace(data, films=tuple(f for f in data.films if f.split not in held_out))
+    within = folded(kept, folds, base.seed)
+    for fold in range(folds):
+        divide(within.films, [str(fold)], base)
+    return within
+
+
+def _study(run: Path, base: FitSettings, seed: int | None = None) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        study_name=_NAME,
+        storage=JournalStorage(JournalFileBackend(str(run / "journal.log"))),
+        sampler=optuna.samplers.TPESampler(seed=base.seed if seed is None else seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP),
+        direction="maximize",
+        load_if_exists=True,
+    )
+
+
+def _begin_anew(study: optuna.Study, base: FitSettings) -> None:
+    """Queue what to begin with: the base, or what was running when a search was cut off."""
+    if not study.trials:
+        study.enqueue_trial(_params_of(base))
+    for trial in study.trials:
+        if trial.state is TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What trials need; it goes to other processes as it is."""
+
+    data: Dataset
+    run: Path
+    base: FitSettings
+    start: Mapping[str, Tensor] | None
+    device: str
+
+    def until(self, trials: int, seed: int) -> None:
+        """Run trials until so many have ended."""
+        study = _study(self.run, self.base, seed)
+        if sum(trial.state in _ENDED for trial in study.trials) < trials:
+            enough = MaxTrialsCallback(trials, states=_ENDED)
+            study.optimize(self._trial, callbacks=[enough], catch=(LossIsNoNumber,))
+
+    def _trial(self, trial: optuna.Trial) -> float:
+        """Return the mean study AUC of the folds, or prune after one of them."""
+        settings = _suggested(trial, self.base)
+        trial.set_user_attr("settings", json.dumps(asdict(settings)))
+        own = self.run / "trials" / hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+        folds = sorted({film.split for film in self.data.films})
+        found: list[float] = []
+        for fold in folds:
+            found.append(self._fold(own / fold, fold, settings))
+            trial.report(float(np.mean(found)), len(found))
+            if trial.should_prune():
+                break
+        write_json(found, own / "study_auc.json")
+        for name in _LARGE:
+            for file in own.glob(f"*/{name}"):
+                file.unlink()
+        if len(found) < len(folds):
+            raise optuna.TrialPruned
+        return float(np.mean(found))
+
+    def _fold(self, part: Path, fold: str, settings: FitSettings) -> float:
+        """Return the study AUC of a fold by a network that never saw its patients."""
+        fit(
+            self.data,
+            part,
+            settings,
+            held_out=[fold],
+            start=self.start,
+            device=self.device,
+            workers=0,
+            cache=self.run / "films",
+        )
+        films = [film for film in self.data.films if film.split == fold]
+        return study_auc(films, [one.logit for one in score_run(part, films, self.device)])
+
+
+def _suggested(trial: optuna.Trial, base: FitSettings) -> FitSettings:
+    """Return the base with a trial's values for what matters."""
+    small = base.preprocessing.size
+    size = trial.suggest_categorical("size", (small, round(small * _LARGER / CELL) * CELL))
+    spec = replace(
+        base.preprocessing,
+        size=size,
+        fit=cast("Fit", trial.suggest_categorical("fit", get_args(Fit))),
+    )
+    *before, last = base.stages
+    return replace(
+        base,
+        preprocessing=spec,
+        stages=(*before, replace(last, size=size)),
+        head_epochs=trial.suggest_int("head_epochs", 0, 4),
+        rate=trial.suggest_float("rate", 1e-5, 3e-3, log=True),
+        block_decay=trial.suggest_float("block_decay", 0.4, 1.0),
+        weight_decay=trial.suggest_float("weight_decay", 1e-3, 0.3, log=True),
+        augmentation=trial.suggest_float("augmentation", 0.0, 1.5),
+        imbalance=cast("Imbalance", trial.suggest_categorical("imbalance", get_args(Imbalance))),
+    )
+
+
+def _params_of(base: FitSettings) -> dict[str, object]:
+    """Return the base's values for what :func:`_suggested` asks."""
+    named = ("head_epochs", "rate", "block_decay", "weight_decay", "augmentation", "imbalance")
+    spec = base.preprocessing
+    return {name: getattr(base, name) for name in named} | {"size": spec.size, "fit": spec.fit}
+
+
+def _best(run: Path, base: FitSettings) -> Best:
+    study = _study(run, base)
+    ended = [trial for trial in study.trials if trial.state in _ENDED]
+    if not any(trial.state is TrialState.COMPLETE for trial in ended):
+        raise Transient(f"{run}: no trial has come to its end: run the same command again.")
+    settings = settings_of(json.loads(study.best_trial.user_attrs["settings"]))
+    best = Best(settings, study.best_value, len(ended))
+    write_json(asdict(best), run / "best.json")
+    return best
