@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -198,10 +198,17 @@ def load_bundled(area: Area) -> tuple[Network, Card]:
 
 @dataclass(frozen=True, slots=True)
 class _Active:
-    """What ``active.json`` says: the digest in use, and those before it, oldest first."""
+    """What ``active.json`` says.
+
+    Attributes:
+        digest: of the weights in use.
+        history: those before them, oldest first.
+        reasons: by digest, why weights were put in use although they may be worse.
+    """
 
     digest: str
     history: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 class WeightsStore:
@@ -286,16 +293,23 @@ class WeightsStore:
         with self._changing():
             return self._add(file, card)
 
-    def activate(self, area: Area, digest_prefix: str) -> Card:
+    def activate(self, area: Area, digest_prefix: str, reason: str = "") -> Card:
         """Use the stored weights whose digest begins so from now on; return their card.
+
+        ``reason`` says why, where they may be worse than others; it is kept.
 
         Raises:
             Misconfigured: as for :meth:`find`.
         """
         with self._changing():
             card = self.find(area, digest_prefix)
-            self._activate(card)
+            self._activate(card, reason)
             return card
+
+    def reason(self, card: Card) -> str:
+        """Return why weights were put in use although they may be worse; empty for most."""
+        state = self._active(card.area)
+        return "" if state is None else state.reasons.get(card.sha256, "")
 
     def rollback(self, area: Area) -> Card:
         """Use the weights again that were active before; return their card.
@@ -309,7 +323,8 @@ class WeightsStore:
             if state is None or not state.history:
                 raise Misconfigured(f"{area}: no weights were active before: nothing to go back to")
             card = self._card(area, state.history[-1])
-            self._write_active(area, _Active(card.sha256, state.history[:-1]))
+            back = replace(state, digest=card.sha256, history=state.history[:-1])
+            self._write_active(area, back)
             return card
 
     def install_bundled(self) -> list[Area]:
@@ -409,28 +424,33 @@ class WeightsStore:
         write_atomic(place, lambda stream: stream.write(card.to_json().encode()))
         return card
 
-    def _activate(self, card: Card) -> None:
+    def _activate(self, card: Card, reason: str = "") -> None:
         state = self._active(card.area)
+        reasons = {card.sha256: reason} if reason else {}
         if state is None:
-            self._write_active(card.area, _Active(card.sha256))
+            self._write_active(card.area, _Active(card.sha256, reasons=reasons))
         elif state.digest != card.sha256:
-            self._write_active(card.area, _Active(card.sha256, (*state.history, state.digest)))
+            history = (*state.history, state.digest)
+            self._write_active(
+                card.area, _Active(card.sha256, history, {**state.reasons, **reasons})
+            )
 
     def _active(self, area: Area) -> _Active | None:
         file = self.directory / area / "active.json"
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             digest, history = data["digest"], tuple(data["history"])
+            reasons = dict(data.get("reasons", {}))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
             raise _broken(file) from exc
         if not all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in (digest, *history)):
             raise _broken(file)
-        return _Active(digest, history)
+        return _Active(digest, history, reasons)
 
     def _write_active(self, area: Area, state: _Active) -> None:
-        content = json.dumps({"digest": state.digest, "history": state.history}, indent=2) + "\n"
+        content = json.dumps(asdict(state), indent=2) + "\n"
         file = self.directory / area / "active.json"
         write_atomic(file, lambda stream: stream.write(content.encode()))
 

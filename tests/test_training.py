@@ -361,3 +361,12 @@ def test_rates_are_measured_on_patients_that_did_not_set_them() -> None:
     assert sensitivity.low < sensitivity.value < sensitivity.high
     assert 0.6 < sensitivity.value < 0.95
     assert 0.6 < specificity.value < 0.95
+
+
+def test_few_studies_give_rates_or_none() -> None:
+    labels = np.array([0, 0, 0, 1, 0, 1])
+    few = Cases(np.arange(6.0), np.linspace(0.1, 0.9, 6), labels, tuple("abcdef"))
+    for seed in range(20):
+        assert cross_fitted_rates(few, seed)["balanced"][0].value is not None
+    one = few.only(np.arange(6) < 5)
+    assert cross_fitted_rates(one)["balanced"][0].value is None

@@ -20,12 +20,13 @@ TINY = FitSettings(
 )
 
 
-def write_atlas(root: Path) -> Path:
-    """Write twenty hand films of ten exams in two folds, one trunk film and one of a leg."""
+def write_atlas(root: Path, films: int = 20) -> Path:
+    """Write hand films, two an exam, in two folds, one film of a trunk and one of a leg."""
+    root.mkdir(exist_ok=True)
     with (root / "labels.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(["image_id", "exam", "area", "fractured", "fold"])
-        for number in range(20):
+        for number in range(films):
             name = f"IMG{number:07}.png"
             film(root / "images" / name, number, size=96)
             exam = number // 2

@@ -54,9 +54,12 @@ def cross_fitted_rates(cases: Cases, seed: int = 7) -> dict[PointName, tuple[Est
     """Return each operating point's (sensitivity, specificity), measured on cases it did not see.
 
     Calibration and thresholds are fitted on one random half of the patients and applied to the
-    other, and the other way round; the decisions of both halves are pooled.
+    other, and the other way round; the decisions of both halves are pooled. Nothing is measured
+    where a label has one patient only.
     """
-    first = _half(cases.patients, seed)
+    first = _half(cases, seed)
+    if first is None:
+        return dict.fromkeys(POINTS, (Estimate(None, None, None), Estimate(None, None, None)))
     decided = {name: np.zeros(len(cases.labels), bool) for name in POINTS}
     for fitted in (first, ~first):
         slope, intercept = fit_calibration(cases.logits[fitted], cases.labels[fitted])
@@ -73,8 +76,14 @@ def cross_fitted_rates(cases: Cases, seed: int = 7) -> dict[PointName, tuple[Est
     }
 
 
-def _half(patients: tuple[str, ...], seed: int) -> NDArray[np.bool_]:
-    names = np.array(patients)
-    order = np.random.default_rng(seed).permutation(np.unique(names))
-    half: NDArray[np.bool_] = np.isin(names, order[::2])
+def _half(cases: Cases, seed: int) -> NDArray[np.bool_] | None:
+    """Return the cases of half of the patients with each label; None where one label has one."""
+    names = np.array(cases.patients)
+    rng = np.random.default_rng(seed)
+    with_it = np.unique(names[cases.labels == 1])
+    without = np.setdiff1d(names, with_it)
+    if min(len(with_it), len(without)) < 2:  # noqa: PLR2004 - one for each half
+        return None
+    chosen = [rng.permutation(some)[::2] for some in (with_it, without)]
+    half: NDArray[np.bool_] = np.isin(names, np.concatenate(chosen))
     return half

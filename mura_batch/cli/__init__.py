@@ -34,6 +34,7 @@ _COMMANDS = {
     "rerun": "results",
     "label": "results",
     "models": "models",
+    "retrain": "retraining",
     "status": "site",
     "doctor": "site",
     "db": "site",

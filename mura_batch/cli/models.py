@@ -84,6 +84,8 @@ def models_show(ctx: click.Context, area: str, weights: str | None) -> None:
     store = _store(ctx)
     card = store.find(Area(area), weights) if weights else store.require(Area(area))
     click.echo(card.to_json(), nl=False)
+    if reason := store.reason(card):
+        click.echo(f"put in use although it may be worse: {reason}", err=True)
 
 
 @models.command("fetch")

@@ -1,0 +1,83 @@
+"""A site trains its own weights: measured beside those in use, put in use only if as good."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from site_home import SAMPLES, Home, make_home
+from tiny_atlas import write_atlas
+
+from mura_batch.area import Area
+from mura_batch.weights import WeightsStore, bundled_card
+from training.metrics import Estimate
+from training.retrain import MARGIN, not_worse
+
+
+def stale(home: Home) -> int:
+    return int(json.loads(home.command("status", "--json").stdout)["stale_results"])
+
+
+def test_new_weights_are_measured_and_used_when_they_may_be(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    atlas = write_atlas(tmp_path / "atlas", films=72)
+    shutil.copytree(SAMPLES / "XR_HAND", home.inbox / "XR_HAND")
+    assert home.command("watch", "--once").returncode == 0
+    arguments = ("retrain", "XR_HAND", "--data", str(atlas), "--epochs", "1")
+
+    child = home.start(*arguments)  # killed in the middle, and begun again
+    training = home.path / "training/XR_HAND"
+    while child.poll() is None and not list(training.glob("*/fit/state.pt")):
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    store = WeightsStore(home.path / "weights")
+    bundled = bundled_card(Area.XR_HAND)
+    assert store.require(Area.XR_HAND).sha256 == bundled.sha256
+
+    told = home.command(*arguments, "--activate")
+    assert "against " + bundled.short in told.stdout, told.stderr
+    (new,) = (card for card in store.cards(Area.XR_HAND) if card.origin == "trained")
+    assert new.short in told.stdout
+    assert new.target == "fracture"
+    assert new.preprocessing == bundled.preprocessing
+    assert new.calibration is None or "kept aside" in new.calibration.fitted_on
+    assert told.returncode == 0, told.stderr  # after a step or two films stand in the same order
+    assert store.require(Area.XR_HAND).sha256 == new.sha256
+    assert stale(home) >= 1
+    assert home.command("rerun", "--stale").returncode == 0
+    assert home.command("models", "rollback", "XR_HAND").returncode == 0
+    assert store.require(Area.XR_HAND).sha256 == bundled.sha256
+    assert stale(home) == 0
+    assert len(list(training.iterdir())) == 1
+
+
+def test_weights_that_may_be_worse_are_used_for_a_reason_only(tmp_path: Path) -> None:
+    assert not_worse(Estimate(0.0, -MARGIN, 0.1))
+    assert not not_worse(Estimate(0.0, -MARGIN - 0.01, 0.1))
+    assert not not_worse(Estimate(None, None, None))
+    home = make_home(tmp_path / "home")
+    store = WeightsStore(home.path / "weights")
+    bundled = store.require(Area.XR_HAND)
+    (home.path / "weights/XR_HAND/active.json").unlink()
+    store.activate(Area.XR_HAND, bundled.sha256, "our own films only")
+    assert store.reason(bundled) == "our own films only"
+    assert "our own films only" in home.command("models", "show", "XR_HAND").stderr
+
+
+def test_what_cannot_be_trained_on_is_told_in_one_line(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home")
+    atlas = write_atlas(tmp_path / "atlas")
+    for arguments, expected in (
+        (("XR_WRIST", "--data", str(atlas)), "no films of XR_WRIST"),
+        (("XR_HAND", "--data", str(atlas)), "too few for 5 folds"),
+        (("XR_HAND", "--data", "labels"), "no films"),
+        (("XR_HAND", "--data", str(tmp_path / "nothing")), "no such folder"),
+    ):
+        done: subprocess.CompletedProcess[str] = home.command("retrain", *arguments)
+        assert done.returncode == 4
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr

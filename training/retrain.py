@@ -1,0 +1,176 @@
+"""A site's own network for an area: trained beside the daemon, measured, stored, put in use.
+
+It is put in use where it is not worse than what is in use, on studies of patients that it never
+saw: the lower end of the paired bootstrap interval of the AUCs' difference may lie ``MARGIN``
+below 0 (non-inferiority). All that is here goes on after a kill when it is called again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mura_batch.area import Area
+from mura_batch.config import Settings
+from mura_batch.errors import Misconfigured
+from mura_batch.runtime import load
+from mura_batch.weights import Card, WeightsStore
+from training.crossval import folded, score_run
+from training.dataset import Dataset, Film
+from training.evaluate import FilmScore, by_study, cases_of, score_films
+from training.fit import fit
+from training.metrics import Cases, Estimate, difference, estimate, roc_auc
+from training.publish import Measured, Origins, card_for, write_weights
+from training.run_folder import data_digest
+from training.search import search
+from training.settings import FitSettings, Stage, two_phases
+
+MARGIN = 0.05
+_ASIDE = ("valid", "test")  # splits of this name are measured on
+_FOLDS = 5  # else one of so many folds of the patients
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked of a retraining.
+
+    Attributes:
+        trials: of a search for settings before it; 0 searches nothing.
+        epochs: of phase two at most, None for the default.
+        activate: put the weights in use, if they are not worse.
+        force: why they are put in use even if they are worse; empty for not.
+    """
+
+    trials: int = 0
+    epochs: int | None = None
+    activate: bool = False
+    force: str = ""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Retrained:
+    """What came of it.
+
+    Attributes:
+        new: study AUC of the new weights.
+        before: card of the weights that were in use, None where there were none.
+        gain: how much higher the new AUC is than theirs on the same studies.
+        activated: the new weights are in use.
+    """
+
+    card: Card
+    new: Estimate
+    before: Card | None
+    gain: Estimate | None
+    activated: bool
+    run: Path
+
+
+def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
+    """Train weights for ``area`` from what is in use, measure and store them.
+
+    Raises:
+        Misconfigured: as for :func:`training.fit.fit`, or the studies are too few to measure on.
+        WeightsRefused: the weights in use are damaged.
+    """
+    store = WeightsStore(site.weights_dir)
+    before = store.active(area)
+    data, aside = _divided(data.checked().only([area]))
+    seen = [film for film in data.films if film.split in aside and film.area == area]
+    if len({film.label for film in seen}) < 2:  # noqa: PLR2004 - both
+        raise Misconfigured(f"The studies of {area} kept aside to measure on have one label only.")
+    base, start = FitSettings(), None
+    if before is not None:
+        base = replace(two_phases(before.preprocessing), architecture=before.architecture)
+        start = store.load(before).state_dict()
+    if plan.epochs is not None:
+        base = replace(base, stages=(Stage(base.preprocessing.size, plan.epochs),))
+    told = (data_digest(data.films), aside, base, plan.trials, before and before.sha256)
+    run = site.home / "training" / area / hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+    settings = base
+    if plan.trials:
+        settings = search(
+            data,
+            run / "search",
+            base,
+            trials=plan.trials,
+            held_out=aside,
+            start=start,
+            device=plan.device,
+        ).settings
+    fit(data, run / "fit", settings, held_out=aside, start=start, device=plan.device)
+    file = run / "weights.safetensors"
+    write_weights(run / "fit", file, torch.float32)
+
+    scores = score_run(run / "fit", seen, plan.device)
+    cases = _cases(scores)
+    gain = None if before is None else _gain(cases, store, before, seen, plan.device)
+    card = card_for(
+        area,
+        file,
+        settings,
+        Measured(scores, data.target, f"this site's data, kept aside ({', '.join(aside)})"),
+        Origins(
+            training_data=f"{sum(f.split not in aside for f in data.films)} films of this site",
+            licence="this site's own",
+            origin="trained",
+            source=f"{before.area} {before.short}" if before else "random weights",
+            notes=_told(before, gain),
+        ),
+    )
+    card = store.add(file, card)
+    good = gain is None or not_worse(gain)
+    activated = plan.activate and (good or bool(plan.force))
+    if activated:
+        store.activate(area, card.sha256, "" if good else plan.force)
+    return Retrained(card, _auc(cases), before, gain, activated, run)
+
+
+def _divided(data: Dataset) -> tuple[Dataset, list[str]]:
+    """Return the data, and the splits that are measured on: those named so, or a fifth."""
+    named = sorted({film.split for film in data.films} & set(_ASIDE))
+    if named:
+        return data, named
+    return folded(data, _FOLDS, FitSettings().seed), ["0"]
+
+
+def _cases(scores: list[FilmScore]) -> Cases:
+    return cases_of(by_study(scores), None)
+
+
+def _auc(cases: Cases) -> Estimate:
+    return estimate(lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients)
+
+
+def _gain(
+    new: Cases, store: WeightsStore, before: Card, films: list[Film], device: str
+) -> Estimate:
+    """Return the paired difference of the study AUCs of the new weights and those in use."""
+    runtime = load(store.load(before), before.preprocessing, device=device)
+    old = _cases(score_films(runtime, films, before.preprocessing))
+    return difference(new, old, roc_auc)
+
+
+def _told(before: Card | None, gain: Estimate | None) -> str:
+    if before is None or gain is None:
+        return "Trained where no weights were in use."
+    return (
+        f"Fine-tuned from {before.short}. On the same studies its AUC is {words(gain)} against"
+        " theirs, which may have been trained on some of them."
+    )
+
+
+def not_worse(gain: Estimate) -> bool:
+    """Return whether the interval of a gain says that nothing is lost but a margin."""
+    return gain.low is not None and gain.low >= -MARGIN
+
+
+def words(told: Estimate) -> str:
+    """Return a difference and its interval as words."""
+    if told.value is None:
+        return "not comparable"
+    return f"{told.value:+.3f} ({told.low:+.3f} to {told.high:+.3f})"
