@@ -21,8 +21,10 @@ from torch.nn import functional
 
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
-from training.fit import FitSettings, Sides, _prepare, _Trainer
+from training.fit import Sides, _prepare, _Trainer
 from training.loader import Drawn
+from training.prepared import Prepared
+from training.settings import FitSettings, Stage
 from training.sources import read
 
 LIMIT = 0.9
@@ -40,20 +42,20 @@ def main() -> None:
     settings = FitSettings(
         Preprocessing(crop="foreground", fit="pad", decode="reduced"),
         head_epochs=0,
-        epochs=((224, options.rounds),),
+        stages=(Stage(224, options.rounds),),
         patience=None,
         average=0.0,
     )
     with tempfile.TemporaryDirectory(prefix="mura-batch-training-") as scratch:
         sides = Sides(films, ())
-        inputs = _prepare(sides, settings.preprocessing, Path(scratch))
+        inputs = _prepare(sides, settings.preprocessing, Path(scratch), 2)
         network = EvidenceNet().to(options.device)
         trainer = _Trainer(network, settings, sides, inputs, run=Path(scratch), workers=2)
         bare, whole = [], []
         for number in range(options.rounds):
             bare.append(of_bare_steps(inputs.train, settings, options.device, len(films)))
             started = time.perf_counter()
-            trainer._pass(number, 224)
+            trainer._pass(number, trainer._plan[0])
             seen = len(films) // settings.batch * settings.batch
             whole.append(seen / (time.perf_counter() - started))
             click.echo(f"round {number + 1}: {whole[-1]:.2f} of {bare[-1]:.2f} films/s")
@@ -62,16 +64,16 @@ def main() -> None:
     sys.exit(share < LIMIT)
 
 
-def of_bare_steps(file: Path, settings: FitSettings, device: str, films: int) -> float:
+def of_bare_steps(prepared: Prepared, settings: FitSettings, device: str, films: int) -> float:
     """Return films per second of steps on one batch that lies ready."""
-    drawn = Drawn(file, 1.0, seed=1)
+    drawn = Drawn(prepared, [0] * films, whole=224, strength=1.0, seed=1)
     drawn.begin(0, 224)
-    batch = torch.stack([drawn[number] for number in range(settings.batch)]).to(device)
+    batch = torch.stack([drawn[number].film for number in range(settings.batch)]).to(device)
     images = (batch.float()[:, None] / 255).expand(-1, 3, -1, -1)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(settings.batch, device=device)
     network = EvidenceNet().to(device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.rate)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.rate, fused=device != "mps")
     steps = films // settings.batch
     started = time.perf_counter()
     for _ in range(steps):
