@@ -12,6 +12,7 @@ gradients, and the signed map ``M`` says in logit units what each place adds to 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -94,7 +95,8 @@ class HybridNet(nn.Module):
     def read(self, activations: Tensor) -> Evidence:
         """Return logit and signed evidence map of the last feature map (N, 1024, h, w)."""
         differentiable = torch.is_grad_enabled()
-        with torch.inference_mode(mode=False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        twice = sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext()
+        with torch.inference_mode(mode=False), torch.enable_grad(), twice:
             cells = activations if differentiable else activations.clone().detach()
             if not cells.requires_grad:
                 cells.requires_grad_()

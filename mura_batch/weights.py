@@ -135,7 +135,7 @@ def fitted(state: Mapping[str, Tensor], architecture: str = ARCHITECTURE) -> Net
     """
     import torch  # noqa: PLC0415 - listing weights stays quick
 
-    from mura_batch.network import network_of  # noqa: PLC0415 - imports torch
+    from mura_batch.network import network_of  # noqa: PLC0415 - torch: listing weights stays quick
 
     with torch.device("meta"):
         network = network_of(architecture)

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from tiny_atlas import TINY, write_atlas
 
 from mura_batch.errors import Misconfigured
-from training.crossval import folded
+from training.folds import folded
 from training.run_folder import read_settings
 from training.search import search
 from training.settings import Stage
@@ -49,7 +49,7 @@ def test_the_first_trial_is_the_base_and_what_is_held_out_is_not_looked_at(
     assert found.settings == SMALL
     assert 0 <= found.study_auc <= 1
     assert read_settings(tmp_path / "run/best.json") == SMALL
-    with pytest.raises(Misconfigured, match="another search"):
+    with pytest.raises(Misconfigured, match=r"another run \(data, base differ\)"):
         search(data, tmp_path / "run", replace(SMALL, rate=1.0), trials=1, folds=2)
     with pytest.raises(Misconfigured, match="too few"):
         search(data, tmp_path / "other", SMALL, trials=1, folds=5)

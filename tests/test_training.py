@@ -89,7 +89,7 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
     data = fracatlas.read(atlas)
     unseen = [film for film in data.films if film.split == "0"]
     scores = tuple(score_run(whole, unseen))
-    record = Record(TINY, "nothing", data.target, (Area.XR_HAND,), (), scores)
+    record = Record(TINY, "nothing", data.target, (), scores)
     write_json(record.to_json(), tmp_path / "record.json")
     kept = Record.read(tmp_path / "record.json")
     assert kept.settings == TINY
@@ -110,6 +110,31 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
     (tmp_path / "record.json").write_text("{}")
     with pytest.raises(Misconfigured, match="no record"):
         Record.read(tmp_path / "record.json")
+
+
+def test_each_fold_is_scored_by_a_network_that_never_saw_it(
+    atlas: Path, whole: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "training", "cross-validate", str(atlas), str(tmp_path / "cv")]
+    command += ["--settings", str(whole / "run.json"), "--workers", "0"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True
+    )
+    record = Record.read(tmp_path / "cv/record.json")
+    assert record.settings == TINY
+    assert [fold.name for fold in record.folds] == ["0", "1"]
+    assert all(fold.epochs == 4 and fold.seconds > 0 for fold in record.folds)
+    films = {film.path.name: film for film in fracatlas.read(atlas).films}
+    assert len(record.scores) == 20
+    for one in record.scores:
+        film = films[one.film.path.name]
+        assert (one.film.split, one.film.label) == (film.split, film.label)
+    unseen = [film for film in films.values() if film.split == "1"]
+    again = score_run(tmp_path / "cv/fold-1", unseen)
+    assert [one.logit for one in again] == [
+        one.logit for one in record.scores if one.film.split == "1"
+    ]
+    assert "all areas: 10 studies, 4 positive, AUC" in done.stdout
 
 
 def test_a_run_killed_at_any_moment_goes_on(atlas: Path, whole: Path, tmp_path: Path) -> None:

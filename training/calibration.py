@@ -82,7 +82,7 @@ def _half(cases: Cases, seed: int) -> NDArray[np.bool_] | None:
     rng = np.random.default_rng(seed)
     with_it = np.unique(names[cases.labels == 1])
     without = np.setdiff1d(names, with_it)
-    if min(len(with_it), len(without)) < 2:  # noqa: PLR2004 - one for each half
+    if len(with_it) <= 1 or len(without) <= 1:
         return None
     chosen = [rng.permutation(some)[::2] for some in (with_it, without)]
     half: NDArray[np.bool_] = np.isin(names, np.concatenate(chosen))

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
 from mura_batch.area import Area
@@ -26,7 +23,7 @@ from training.dataset import Dataset, Film
 from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, score_films
 from training.fit import fit
 from training.localisation import Localised
-from training.metrics import estimate, roc_auc
+from training.metrics import auc_of
 from training.run_folder import read_settings, write_json
 from training.settings import FitSettings, settings_of
 
@@ -54,14 +51,12 @@ class Record:
 
     Attributes:
         start: what training began with, in words or a digest.
-        areas: that were trained on and scored.
         scores: of the films out of fold; their paths are names alone.
     """
 
     settings: FitSettings
     start: str
     target: str
-    areas: tuple[str, ...]
     folds: tuple[Fold, ...]
     scores: tuple[FilmScore, ...]
 
@@ -71,7 +66,6 @@ class Record:
             "settings": asdict(self.settings),
             "start": self.start,
             "target": self.target,
-            "areas": self.areas,
             "folds": [asdict(fold) for fold in self.folds],
             "scores": [_row(score) for score in self.scores],
         }
@@ -89,7 +83,6 @@ class Record:
                 settings_of(told["settings"]),
                 told["start"],
                 told["target"],
-                tuple(told["areas"]),
                 tuple(Fold(**fold) for fold in told["folds"]),
                 tuple(map(_score, told["scores"])),
             )
@@ -134,7 +127,7 @@ def cross_validate(
 ) -> Record:
     """Train without each fold and score it; write ``run/record.json`` after each.
 
-    Films of no area of ours are trained on, not scored. A run that was cut off goes on.
+    Films outside the seven areas are trained on, not scored. A run that was cut off goes on.
 
     Raises:
         Misconfigured: there is no such fold, and as for :func:`training.fit.fit`.
@@ -148,8 +141,7 @@ def cross_validate(
         films = [f for f in data.films if f.split == name and f.area in set(Area)]
         scores += score_run(own, films, device)
         done.append(_fold(name, own))
-        areas = tuple(sorted({score.film.area for score in scores}))
-        record = Record(settings, begins, data.target, areas, tuple(done), tuple(scores))
+        record = Record(settings, begins, data.target, tuple(done), tuple(scores))
         write_json(record.to_json(), run / "record.json", indent=None)
     return record
 
@@ -172,32 +164,12 @@ def _fold(name: str, run: Path) -> Fold:
     return Fold(name, told["films"], told["data"], outcome["epochs"], outcome["seconds"])
 
 
-def folded(data: Dataset, count: int, seed: int) -> Dataset:
-    """Return the films with new splits ``0`` … : no patient is in two, labels are spread evenly.
-
-    Raises:
-        Misconfigured: one label has fewer patients than there are folds.
-    """
-    films = np.array(data.films, object)
-    labels = [film.label for film in data.films]
-    patients = [film.patient for film in data.films]
-    fewest = min(len({f.patient for f in data.films if f.label == label}) for label in (0, 1))
-    if fewest < count:
-        raise Misconfigured(
-            f"{fewest} patients of one label are too few for {count} folds: give more films."
-        )
-    divided = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    parts = enumerate(divided.split(films, labels, patients))
-    moved = [replace(films[n], split=str(fold)) for fold, (_, own) in parts for n in own]
-    return replace(data, films=tuple(moved))
-
-
 def study_figures(record: Record) -> Iterator[str]:
     """Yield a line of the study level's AUC for each area, and for all."""
-    for area in (*record.areas, ALL_AREAS):
+    for area in (*sorted({one.film.area for one in record.scores}), ALL_AREAS):
         own = [one for one in record.scores if area in (one.film.area, ALL_AREAS)]
         cases = cases_of(by_study(own), None)
-        auc = estimate(partial(roc_auc, cases.logits, cases.labels), cases.patients)
+        auc = auc_of(cases)
         told = "-" if auc.value is None else f"{auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})"
         count, positive = len(cases.labels), int(cases.labels.sum())
         yield f"{area}: {count} studies, {positive} positive, AUC {told}"

@@ -2,9 +2,9 @@
 
 A run folder holds all that repeats a run and all that resumes it: ``run.json`` (settings, data
 digest, versions), ``state.pt`` (after each epoch), ``best.pt``, ``log.csv``, TensorBoard's events,
-and at the end ``network.pt``; prepared films are kept in ``films`` beside it. A run that was cut
-off goes on after its last whole epoch, on a CPU with as many threads to the same network bit by
-bit.
+and at the end ``outcome.json`` (epochs, seconds) and ``network.pt``; prepared films are kept in
+``films`` beside it. A run that was cut off goes on after its last whole epoch, on a CPU with as
+many threads to the same network bit by bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,6 +30,7 @@ from mura_batch.network import Network, network_of, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.torch_runtime import find_device
 from training.dataset import Dataset, Film
+from training.folds import fold_numbers
 from training.loader import CELL, Draw, Drawn
 from training.metrics import roc_auc
 from training.objectives import film_weights, outside, regions_and_views, unsteady
@@ -41,6 +41,10 @@ from training.settings import FitSettings, Phase
 
 _FEATURES = 1024  # channels of DenseNet-121's last map
 _LOOK = 100  # steps between two looks at the loss
+
+
+class LossIsNoNumber(Misconfigured):
+    """Training went off: nothing of this run is of use."""
 
 
 def fit(
@@ -58,8 +62,8 @@ def fit(
     """Train on the films outside the splits ``held_out`` and leave ``run/network.pt``.
 
     ``start`` is the state to begin with, None for random weights; ``cache`` the folder of prepared
-    films, by default ``films`` beside the run. Where ``run`` holds a run that
-    was cut off, that goes on; ``stop_after`` epochs cuts it off on purpose.
+    films, by default ``films`` beside the run. Where ``run`` holds a run that was cut off, that
+    goes on; ``stop_after`` epochs cuts it off on purpose.
 
     Raises:
         Misconfigured: the data has problems or one label only, a film cannot be read, the device
@@ -121,18 +125,10 @@ def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettin
     labels = np.array([film.label for film in kept], int)
     aside = np.zeros(len(kept), bool)
     if settings.patience is not None:
-        patients = [film.patient for film in kept]
         parts = max(2, round(1 / settings.aside))
-        fewest = min(len({f.patient for f in kept if f.label == label}) for label in (0, 1))
-        if fewest < parts:
-            raise Misconfigured(
-                f"{fewest} patients of one label are too few to keep one in {parts} aside: give"
-                " more films."
-            )
-        folds = StratifiedGroupKFold(parts, shuffle=True, random_state=settings.seed)
-        aside[next(folds.split(kept, labels, patients))[1]] = True
+        aside = fold_numbers(kept.tolist(), parts, settings.seed) == 0
     for side, purpose in ((~aside, "train on"), (aside, "choose the epoch by")):
-        if (side.any() and len(set(labels[side])) < 2) or not (~aside).any():  # noqa: PLR2004 - both
+        if (side.any() or purpose == "train on") and set(labels[side]) != {0, 1}:
             raise Misconfigured(f"The films to {purpose} do not have both labels: give more films.")
     if (~aside).sum() < settings.batch:
         raise Misconfigured(
@@ -383,10 +379,6 @@ class _Trainer:
         self._joint.load_state_dict(state["joint"])
         self._history = state["history"]
         self._seconds = state["seconds"]
-
-
-class LossIsNoNumber(Misconfigured):
-    """Training went off: nothing of this run is of use."""
 
 
 def _finite(loss: float, name: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -15,6 +15,9 @@ from mura_batch.weights_card import ARCHITECTURES
 from training.sources import read
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from training.dataset import Dataset
     from training.settings import FitSettings
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -23,22 +26,22 @@ AREA = click.Choice(tuple(Area), case_sensitive=False)
 _START = "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors)."
 _RATE = click.FloatRange(0, min_open=True)
 _SHARE = click.FloatRange(0)
+_FOLDS = 5  # where the data states none
 
 _DATA = (
     click.argument("path", type=FOUND),
     click.argument("run", type=FOLDER),
     click.option("--labels", type=FOUND, help="CSV of labels (study, label) of DICOM files."),
 )
-_MACHINE = (
-    click.option(
-        "--workers",
-        type=click.IntRange(0),
-        default=2,
-        show_default=True,
-        help="Processes that read and augment films.",
-    ),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda:N or mps."),
+_HELD_OUT = click.option(
+    "--held-out", multiple=True, metavar="SPLIT", help="Never looked at, such as valid or 0."
 )
+_DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda:N or mps.")
+_MACHINE = (
+    click.option("--workers", type=click.IntRange(0), default=2, show_default=True,
+                 help="Processes that read and augment films."),
+    _DEVICE,
+)  # fmt: skip
 _SETTINGS = (
     click.option("--epochs", type=click.IntRange(1), help="Epochs of the last stage at most."),
     click.option("--head-epochs", type=click.IntRange(0), help="Epochs of phase one."),
@@ -70,19 +73,39 @@ def _all(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+class _Asked(NamedTuple):
+    """What the options that commands share ask for."""
+
+    data: Dataset
+    settings: FitSettings
+    start: Mapping[str, Tensor] | None
+
+
+def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
+    """Read data and settings; ``base`` stands in for the settings that suit the start."""
+    from training.run_folder import read_settings
+    from training.start import settings_for, state_of
+
+    click.echo(NOTICE, err=True)
+    data = read(options.pop("path"), options.pop("labels")).checked()
+    if area := options.pop("area", ()):
+        data = data.only(area)
+    start = options.pop("start", "nothing")
+    file = options.pop("settings", None)
+    settings = base or (read_settings(file) if file else settings_for(start))
+    given = {name: value for name, value in options.items() if value is not None}
+    if (epochs := given.pop("epochs", None)) is not None:
+        *before, last = settings.stages
+        given["stages"] = (*before, replace(last, epochs=epochs))
+    if given.get("patience") == 0:
+        given["patience"] = None
+    return _Asked(data, replace(settings, **given), state_of(start))
+
+
 @click.command()
-@_all(*_DATA)
-@click.option("--held-out", multiple=True, metavar="SPLIT", help="Leave out, such as valid or 0.")
-@_all(*_SETTINGS, *_MACHINE)
+@_all(*_DATA, _HELD_OUT, *_SETTINGS, *_MACHINE)
 def pretrain(
-    *,
-    path: Path,
-    run: Path,
-    labels: Path | None,
-    held_out: tuple[str, ...],
-    workers: int,
-    device: str,
-    **changes: Any,
+    *, run: Path, held_out: tuple[str, ...], workers: int, device: str, **options: Any
 ) -> None:
     """Train a trunk from nothing on all films of PATH, limbs of other regions too.
 
@@ -92,30 +115,15 @@ def pretrain(
     \b
     python -m training pretrain fracatlas runs/trunk --held-out 0
     """
-    from training.fit import fit
     from training.settings import TRUNK
 
-    click.echo(NOTICE, err=True)
-    settings = _changed(TRUNK, changes)
-    fit(read(path, labels), run, settings, held_out=held_out, device=device, workers=workers)
-    click.echo(f"written to {run / 'network.pt'}", err=True)
+    _fit(_asked(options, TRUNK), run, held_out, workers, device)
 
 
 @click.command("fit")
-@_all(*_DATA, *_FITTED)
-@click.option("--held-out", multiple=True, metavar="SPLIT", help="Leave out, such as valid or 0.")
-@_all(*_SETTINGS, *_MACHINE)
+@_all(*_DATA, *_FITTED, _HELD_OUT, *_SETTINGS, *_MACHINE)
 def fit_command(
-    *,
-    path: Path,
-    run: Path,
-    labels: Path | None,
-    area: tuple[str, ...],
-    held_out: tuple[str, ...],
-    start: str,
-    workers: int,
-    device: str,
-    **changes: Any,
+    *, run: Path, held_out: tuple[str, ...], workers: int, device: str, **options: Any
 ) -> None:
     """Train a network on the labelled films of PATH into the folder RUN.
 
@@ -124,20 +132,14 @@ def fit_command(
     \b
     python -m training fit MURA-v1.1 runs/wrist --area XR_WRIST --held-out valid --start imagenet
     """
-    from training.fit import fit
-    from training.start import settings_for, state_of
+    _fit(_asked(options), run, held_out, workers, device)
 
-    click.echo(NOTICE, err=True)
-    data = read(path, labels)
-    fit(
-        data.only(area) if area else data,
-        run,
-        _changed(settings_for(start), changes),
-        held_out=held_out,
-        start=state_of(start),
-        device=device,
-        workers=workers,
-    )
+
+def _fit(asked: _Asked, run: Path, held_out: tuple[str, ...], workers: int, device: str) -> None:
+    from training.fit import fit
+
+    data, settings, start = asked
+    fit(data, run, settings, held_out=held_out, start=start, device=device, workers=workers)
     click.echo(f"written to {run / 'network.pt'}", err=True)
 
 
@@ -146,16 +148,7 @@ def fit_command(
 @click.option("--fold", multiple=True, metavar="SPLIT", help="This fold only (again for more).")
 @_all(*_SETTINGS, *_MACHINE)
 def cross_validate_command(
-    *,
-    path: Path,
-    run: Path,
-    labels: Path | None,
-    area: tuple[str, ...],
-    fold: tuple[str, ...],
-    start: str,
-    workers: int,
-    device: str,
-    **changes: Any,
+    *, run: Path, fold: tuple[str, ...], workers: int, device: str, **options: Any
 ) -> None:
     """Train without each fold of PATH in turn, score it, and write RUN/record.json.
 
@@ -165,24 +158,22 @@ def cross_validate_command(
     \b
     python -m training cross-validate fracatlas runs/generalist --start runs/trunk/network.pt
     """
-    from training.crossval import cross_validate, folded, study_figures
-    from training.start import settings_for, state_of
+    from training.crossval import cross_validate, study_figures
+    from training.folds import folded
 
-    click.echo(NOTICE, err=True)
-    data = read(path, labels).checked()
-    if area:
-        data = data.only(area)
-    settings = _changed(settings_for(start), changes)
-    stated = sorted({film.split for film in data.films} - {""})
-    if len(stated) < 2:  # noqa: PLR2004 - one split is no cross-validation
-        data, stated = folded(data, 5, settings.seed), [str(n) for n in range(5)]
+    begins = options["start"]
+    data, settings, start = _asked(options)
+    folds = sorted({film.split for film in data.films} - {""})
+    if len(folds) <= 1:
+        data = folded(data, _FOLDS, settings.seed)
+        folds = [str(number) for number in range(_FOLDS)]
     record = cross_validate(
         data,
         run,
         settings,
-        folds=fold or stated,
-        start=state_of(start),
-        begins=start,
+        folds=fold or folds,
+        start=start,
+        begins=begins,
         device=device,
         workers=workers,
     )
@@ -192,8 +183,7 @@ def cross_validate_command(
 
 
 @click.command("search")
-@_all(*_DATA, *_FITTED)
-@click.option("--held-out", multiple=True, metavar="SPLIT", help="Never looked at.")
+@_all(*_DATA, *_FITTED, _HELD_OUT)
 @click.option("--trials", type=click.IntRange(1), default=20, show_default=True)
 @click.option(
     "--folds",
@@ -209,60 +199,39 @@ def cross_validate_command(
     show_default=True,
     help="Processes that run trials.",
 )
-@_all(*_SETTINGS, _MACHINE[1])
+@_all(*_SETTINGS, _DEVICE)  # fmt: skip
 def search_command(
     *,
-    path: Path,
     run: Path,
-    labels: Path | None,
-    area: tuple[str, ...],
     held_out: tuple[str, ...],
-    start: str,
     trials: int,
     folds: int,
     jobs: int,
     device: str,
-    **changes: Any,
+    **options: Any,
 ) -> None:
     """Look for better settings by cross-validation of the films that are not held out.
 
-    Rates, weight decay, augmentation, imbalance, frozen epochs, input size and padding; each
-    trial begins with what the options say. `fit --settings RUN/best.json` takes the best. A
-    search that was cut off goes on.
+    Rates, weight decay, augmentation, imbalance, frozen epochs, input size and padding; the first
+    trial is what the options say. `fit --settings RUN/best.json` takes the best. A search that
+    was cut off goes on.
 
     \b
     python -m training search MURA-v1.1 runs/wrist-search --area XR_WRIST --held-out valid
     """
     from training.search import search
-    from training.start import settings_for, state_of
 
-    click.echo(NOTICE, err=True)
-    data = read(path, labels)
+    data, settings, start = _asked(options)
     best = search(
-        data.only(area) if area else data,
+        data,
         run,
-        _changed(settings_for(start), changes),
+        settings,
         trials=trials,
         folds=folds,
         held_out=held_out,
-        start=state_of(start),
+        start=start,
         device=device,
         jobs=jobs,
     )
     click.echo(f"study AUC {best.study_auc:.3f}, the best of {best.trials} trials")
     click.echo(f"written to {run / 'best.json'}", err=True)
-
-
-def _changed(settings: FitSettings, changes: dict[str, Any]) -> FitSettings:
-    """Return settings, or a file's, with those that were given on the command line."""
-    from training.run_folder import read_settings
-
-    if (file := changes.pop("settings", None)) is not None:
-        settings = read_settings(file)
-    given = {name: value for name, value in changes.items() if value is not None}
-    if (epochs := given.pop("epochs", None)) is not None:
-        *before, last = settings.stages
-        given["stages"] = (*before, replace(last, epochs=epochs))
-    if given.get("patience") == 0:
-        given["patience"] = None
-    return replace(settings, **given)

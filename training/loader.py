@@ -20,6 +20,7 @@ _WIDEST = 0.95  # share of a film's side that a crop has at most
 _ON_BOX = 0.7  # share of the crops of a film with boxes that are laid on one of them
 _SEEN, _UNSEEN = 0.5, 0.2  # shares of a box from, and up to, which a crop shows it, or does not
 _BOXED = 0.9  # share of the positive films that need boxes before crops are drawn
+_BRIGHT = 0.75  # of the film's mean luminance: a crop as bright shows enough of the limb
 _TRIES = 8  # places for a crop before one that shows little of the limb is taken
 
 
@@ -61,8 +62,8 @@ class Drawn(torch.utils.data.Dataset[Draw]):
         self._strength = strength
         self._seed = seed
         self._pixels: NDArray[np.uint8] | None = None
-        told = [bool(boxes) for boxes, label in zip(films.boxes, labels, strict=True) if label]
-        self._boxed = bool(told) and sum(told) >= _BOXED * len(told)
+        boxed = [bool(boxes) for boxes, label in zip(films.boxes, labels, strict=True) if label]
+        self._boxed = sum(boxed) >= _BOXED * len(boxed)
         self.begin(0, CELL)
 
     def begin(self, epoch: int, size: int, *, crops: bool = False) -> None:
@@ -82,8 +83,8 @@ class Drawn(torch.utils.data.Dataset[Draw]):
     def __getitem__(self, index: int) -> Draw:
         if self._pixels is None:
             self._pixels = self._films.mapped()
-        told = np.random.SeedSequence((self._seed, self._epoch, index))
-        rng = np.random.default_rng(told)
+        seeds = np.random.SeedSequence((self._seed, self._epoch, index))
+        rng = np.random.default_rng(seeds)
         film, boxes = self._pixels[index], self._films.boxes[index]
         label, counts = self._labels[index], 1
         mask = _painted(boxes, film.shape[0])
@@ -93,10 +94,10 @@ class Drawn(torch.utils.data.Dataset[Draw]):
                 label, counts = _shows(boxes, window, len(film)) if boxes else (1, 0)
             film, mask = film[window], mask[window]
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(int(told.generate_state(1)[0]))
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
             seen, marked = self._change(
                 Image(torch.from_numpy(film.copy())[None]),
-                Mask(torch.from_numpy(mask.copy())[None]),
+                Mask(torch.from_numpy(mask)[None]),
             )
         cells = self._size // CELL
         shares = torch.nn.functional.adaptive_avg_pool2d(marked.as_subclass(Tensor).float(), cells)
@@ -125,7 +126,7 @@ def _window(
         column = _around(left, right, side, whole, rng)
         row = _around(top, bottom, side, whole, rng)
         return slice(row, row + side), slice(column, column + side)
-    enough = film.mean() * 0.75
+    enough = film.mean() * _BRIGHT
     for _ in range(_TRIES):
         row, column = rng.integers(0, whole - side + 1, 2)
         window = slice(row, row + side), slice(column, column + side)

@@ -96,6 +96,11 @@ def resampled(values: Floats, patients: Sequence[str], among: NDArray[np.bool_])
     return estimate(lambda w: w @ (values * chosen) / (w @ chosen), patients)
 
 
+def auc_of(cases: Cases) -> Estimate:
+    """Return the area under the ROC curve of the logits."""
+    return estimate(lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients)
+
+
 def difference(
     one: Cases, other: Cases, figure: Callable[[Floats, Labels, Floats], Floats]
 ) -> Estimate:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -71,13 +71,15 @@ def prepared(
     told = repr([_identity(film) for film in films]) + repr(spec)
     name = f"films-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     file, boxes = folder / f"{name}.npy", folder / f"{name}.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{name}.{os.getpid()}.part"  # others may make the same
-        found = _read_all(films, spec, part, workers if len(films) > _FEW else 0)
-        text = json.dumps(found).encode()
-        write_atomic(boxes, lambda stream: stream.write(text))
-        part.replace(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds them read
+        if not file.exists():
+            part = file.with_suffix(".part")
+            found = _read_all(films, spec, part, workers if len(films) > _FEW else 0)
+            text = json.dumps(found).encode()
+            write_atomic(boxes, lambda stream: stream.write(text))
+            part.replace(file)
     kept = json.loads(boxes.read_text(encoding="utf-8"))
     return Prepared(file, tuple(tuple(tuple(box) for box in of_film) for of_film in kept))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
 from mura_batch.errors import Misconfigured
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime import Runtime, load
 from mura_batch.weights import fitted, sha256_of
 from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint, Origin
@@ -23,7 +23,7 @@ from training.calibration import POINTS, cross_fitted_rates, fit_calibration, th
 from training.crossval import Record
 from training.dataset import Film
 from training.evaluate import FilmScore, by_study, cases_of, score_films
-from training.metrics import Cases, estimate, roc_auc
+from training.metrics import Cases, auc_of
 from training.run_folder import read_settings
 from training.settings import FitSettings
 
@@ -132,7 +132,7 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     spec = settings.preprocessing
     if spec.enough is not None:
         runtime = load(fitted(half, settings.architecture), spec, runtime="torch", device="cpu")
-        notes += _decoded(runtime, films, settings)
+        notes += _decoded(runtime, films, spec, spec.enough)
     stages = " and ".join(
         f"{stage.epochs} epochs at {stage.size} pixels" for stage in settings.stages
     )
@@ -146,7 +146,7 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     on = f"FracAtlas, out of fold ({len(record.folds)} folds)"
     found = Measured(record.scores, record.target, on)
     for area in Area:
-        write_card(
+        _write_card(
             folder / "cards" / f"{area}.json",
             card_for(area, file, settings, found, origins),
         )
@@ -161,16 +161,15 @@ def write_weights(run: Path, file: Path, precision: torch.dtype) -> dict[str, Te
     return kept
 
 
-def write_card(target: Path, card: Card) -> None:
+def _write_card(target: Path, card: Card) -> None:
     """Write a card whole or not at all."""
     text = card.to_json().encode()
     write_atomic(target, lambda stream: stream.write(text))
 
 
-def _decoded(runtime: Runtime, films: Sequence[Film], settings: FitSettings) -> str:
+def _decoded(runtime: Runtime, films: Sequence[Film], spec: Preprocessing, enough: int) -> str:
     """Say what decoding at reduced size changes in the probabilities of large films."""
-    spec = settings.preprocessing
-    large = [film for film in films if _longer_side(film.path) >= 2 * (spec.enough or 1)]
+    large = [film for film in films if _longer_side(film.path) >= 2 * enough]
     if not large:
         return ""
     reduced, full = (
@@ -204,7 +203,7 @@ def _metrics(exams: Sequence[Sequence[FilmScore]], area: Area, on: str) -> dict[
         found["study_auc"] = cases_of(own, None)
     metrics = {}
     for name, cases in found.items():
-        auc = estimate(partial(roc_auc, cases.logits, cases.labels), cases.patients)
+        auc = auc_of(cases)
         if auc.value is not None:
             words = f"{_count(cases)}; {on}; 95 % bootstrap over patients"
             metrics[name] = Metric(

@@ -18,11 +18,12 @@ from mura_batch.config import Settings
 from mura_batch.errors import Misconfigured
 from mura_batch.runtime import load
 from mura_batch.weights import Card, WeightsStore
-from training.crossval import folded, score_run
+from training.crossval import score_run
 from training.dataset import Dataset, Film
 from training.evaluate import FilmScore, by_study, cases_of, score_films
 from training.fit import fit
-from training.metrics import Cases, Estimate, difference, estimate, roc_auc
+from training.folds import folded
+from training.metrics import Cases, Estimate, auc_of, difference, roc_auc
 from training.publish import Measured, Origins, card_for, write_weights
 from training.run_folder import data_digest
 from training.search import search
@@ -60,6 +61,7 @@ class Retrained:
         before: card of the weights that were in use, None where there were none.
         gain: how much higher the new AUC is than theirs on the same studies.
         activated: the new weights are in use.
+        run: the folder of all that was made on the way.
     """
 
     card: Card
@@ -81,16 +83,17 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
     before = store.active(area)
     data, aside = _divided(data.checked().only([area]))
     seen = [film for film in data.films if film.split in aside and film.area == area]
-    if len({film.label for film in seen}) < 2:  # noqa: PLR2004 - both
-        raise Misconfigured(f"The studies of {area} kept aside to measure on have one label only.")
+    if {film.label for film in seen} != {0, 1}:
+        raise Misconfigured(f"The studies of {area} kept aside to measure on lack one label.")
     base, start = FitSettings(), None
     if before is not None:
-        base = replace(two_phases(before.preprocessing), architecture=before.architecture)
+        base = two_phases(before.preprocessing, before.architecture)
         start = store.load(before).state_dict()
     if plan.epochs is not None:
         base = replace(base, stages=(Stage(base.preprocessing.size, plan.epochs),))
-    told = (data_digest(data.films), aside, base, plan.trials, before and before.sha256)
-    run = site.home / "training" / area / hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+    made_of = (data_digest(data.films), aside, base, plan.trials, before and before.sha256)
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
+    run = site.home / "training" / area / name
     settings = base
     if plan.trials:
         settings = search(
@@ -127,7 +130,7 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
     activated = plan.activate and (good or bool(plan.force))
     if activated:
         store.activate(area, card.sha256, "" if good else plan.force)
-    return Retrained(card, _auc(cases), before, gain, activated, run)
+    return Retrained(card, auc_of(cases), before, gain, activated, run)
 
 
 def _divided(data: Dataset) -> tuple[Dataset, list[str]]:
@@ -140,10 +143,6 @@ def _divided(data: Dataset) -> tuple[Dataset, list[str]]:
 
 def _cases(scores: list[FilmScore]) -> Cases:
     return cases_of(by_study(scores), None)
-
-
-def _auc(cases: Cases) -> Estimate:
-    return estimate(lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients)
 
 
 def _gain(

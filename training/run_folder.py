@@ -66,19 +66,27 @@ def describe(
         | {"python": platform.python_version()},
         "threads": torch.get_num_threads(),
     }
-    file = run / "run.json"
+    write_or_compare(told, run / "run.json", ("settings", "start", "data"))
+
+
+def write_or_compare(told: Mapping[str, object], file: Path, compared: Sequence[str]) -> None:
+    """Write what a folder's run is made of, or hold it against what is there.
+
+    Raises:
+        Misconfigured: the file says otherwise of what is ``compared``, or is damaged.
+    """
     if not file.exists():
         write_json(told, file)
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         here = json.loads(json.dumps(told))
-        differing = [name for name in ("settings", "start", "data") if before[name] != here[name]]
+        differing = [name for name in compared if before[name] != here[name]]
     except (ValueError, KeyError, TypeError) as exc:
         raise Misconfigured(f"{file} is damaged: name another folder.") from exc
     if differing:
         raise Misconfigured(
-            f"{run} holds another run ({', '.join(differing)} differ): name another folder."
+            f"{file.parent} holds another run ({', '.join(differing)} differ): name another folder."
         )
 
 

@@ -25,13 +25,14 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from torch import Tensor
 
-from mura_batch.errors import Misconfigured, Transient
+from mura_batch.errors import Transient
 from mura_batch.preprocessing import Fit
-from training.crossval import folded, score_run
+from training.crossval import score_run
 from training.dataset import Dataset
 from training.fit import LossIsNoNumber, divide, fit, study_auc
+from training.folds import folded
 from training.loader import CELL
-from training.run_folder import alone_in, data_digest, write_json
+from training.run_folder import alone_in, data_digest, state_digest, write_json, write_or_compare
 from training.settings import FitSettings, Imbalance, settings_of
 
 _NAME = "settings"  # of the one study in a folder's journal
@@ -75,18 +76,14 @@ def search(
         Transient: no trial has come to an end.
     """
     within = _within(data, held_out, folds, base)
-    told = {
+    made_of = {
         "data": data_digest(within.films),
-        "base": json.loads(json.dumps(asdict(base))),
+        "base": asdict(base),
         "folds": folds,
+        "start": state_digest(start or {}),
     }
-    run.mkdir(parents=True, exist_ok=True)
-    if (run / "search.json").exists():
-        if json.loads((run / "search.json").read_text(encoding="utf-8")) != told:
-            raise Misconfigured(f"{run} holds another search: name another folder.")
-    else:
-        write_json(told, run / "search.json")
     with alone_in(run):
+        write_or_compare(made_of, run / "search.json", tuple(made_of))
         _begin_anew(_study(run, base), base)
         work = _Search(within, run, base, start, device)
         if jobs == 1:

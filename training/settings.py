@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mura_batch.preprocessing import Preprocessing
@@ -77,21 +77,7 @@ class FitSettings:
 
 LIMB = Preprocessing(size=320, crop="foreground", fit="pad", decode="reduced")
 
-# A trunk from nothing: from crops, because most films are wide and a fracture small.
-TRUNK = FitSettings(
-    LIMB,
-    head_epochs=0,
-    stages=(Stage(128, 12, crops=True),),
-    rate=1e-3,
-    block_decay=1.0,
-    imbalance="balanced",
-    patience=None,
-    inside=0.2,
-    joint=0.3,
-    batch=32,
-)
-
-# Whole films from that trunk, crops of them first: small fractures are 20 pixels wide in them.
+# Whole films from a trunk, crops of them first: small fractures are 20 pixels wide in them.
 LIMB_FILMS = FitSettings(
     LIMB,
     head_epochs=1,
@@ -104,21 +90,21 @@ LIMB_FILMS = FitSettings(
 )
 
 # The whole way from nothing, without a trunk.
-FROM_NOTHING = FitSettings(
-    LIMB,
+FROM_NOTHING = replace(
+    LIMB_FILMS,
     head_epochs=0,
     stages=(Stage(128, 16, crops=True), Stage(320, 4)),
     rate=1e-3,
     block_decay=1.0,
-    imbalance="balanced",
-    patience=None,
-    inside=0.3,
 )
 
+# A trunk: crops alone, because most films are wide and a fracture small.
+TRUNK = replace(FROM_NOTHING, stages=(Stage(128, 12, crops=True),), inside=0.2, joint=0.3, batch=32)
 
-def two_phases(spec: Preprocessing) -> FitSettings:
-    """Return the default settings for weights that see films so."""
-    return FitSettings(spec, stages=(Stage(spec.size, 20),))
+
+def two_phases(spec: Preprocessing, architecture: str) -> FitSettings:
+    """Return the default settings for weights of this kind that see films so."""
+    return FitSettings(spec, architecture, stages=(Stage(spec.size, 20),))
 
 
 def settings_of(told: Mapping[str, Any]) -> FitSettings:

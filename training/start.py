@@ -15,7 +15,7 @@ from torchvision.models import DenseNet121_Weights, densenet121
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
-from mura_batch.weights import bundled_card, fitted, load_bundled, read_card
+from mura_batch.weights import Card, bundled_card, fitted, load_bundled, read_card
 from mura_batch.weights_card import ARCHITECTURES
 from training.run_folder import read_settings
 from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
@@ -26,8 +26,8 @@ _DAMAGED = (pickle.UnpicklingError, SafetensorError)
 def settings_for(start: str) -> FitSettings:
     """Return the settings to train with by default: the whole way from nothing, else two phases.
 
-    Weights keep the preprocessing that the card (``FILE.json``) or the run beside them states; a
-    trunk goes on as the bundled one did.
+    Weights keep the preprocessing and the architecture that the card (``FILE.json``) or the run
+    beside them states; a trunk goes on to crops of films and whole ones.
 
     Raises:
         Misconfigured, WeightsRefused: the run or the card beside a file is damaged.
@@ -37,14 +37,18 @@ def settings_for(start: str) -> FitSettings:
     if start == "imagenet":
         return FitSettings()
     if start == "bundled":
-        return two_phases(bundled_card(Area.XR_HAND).preprocessing)
+        return _like(bundled_card(Area.XR_HAND))
     file = Path(start)
     if file.with_suffix(".json").is_file():
-        return two_phases(read_card(file.with_suffix(".json")).preprocessing)
+        return _like(read_card(file.with_suffix(".json")))
     if file.with_name("run.json").is_file():
         before = read_settings(file.with_name("run.json"))
-        return LIMB_FILMS if before.joint else two_phases(before.preprocessing)
+        return LIMB_FILMS if before.joint else _like(before)
     return FitSettings()
+
+
+def _like(before: Card | FitSettings) -> FitSettings:
+    return two_phases(before.preprocessing, before.architecture)
 
 
 def state_of(start: str) -> Mapping[str, Tensor] | None:

@@ -83,6 +83,7 @@ def retrain(
         if isinstance(exc, RuntimeError) and "memory" not in str(exc):
             raise
         raise Transient(f"training ran out of memory ({_first_line(exc)}): give --memory") from exc
+    click.echo(f"the run is kept in {done.run}", err=True)
     auc = done.new
     click.echo(
         f"{area}: {done.card.short}, study AUC {auc.value:.3f}"
@@ -114,7 +115,9 @@ def _be_modest(memory: float | None, device: str) -> None:
     os.nice(_NICENESS)
     most = memory * _GIB if memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     if not device.startswith("cuda"):
-        resource.setrlimit(resource.RLIMIT_DATA, (int(most), resource.RLIM_INFINITY))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
         return
     import torch
 
