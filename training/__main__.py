@@ -165,11 +165,8 @@ def evaluate_command(
     write_report(folder, found, {"data": str(path), "split": split, "target": data.target})
     for one in found.evaluations:
         if one.level == "study" and one.stratum == "all":
-            auc = one.figures["roc_auc"]
-            told = (
-                "-" if auc.value is None else f"{auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})"
-            )
-            click.echo(f"{one.area}: {one.count} studies, {one.positive} positive, AUC {told}")
+            auc = one.figures["roc_auc"].words()
+            click.echo(f"{one.area}: {one.count} studies, {one.positive} positive, AUC {auc}")
     click.echo(f"written to {folder / 'report.html'}", err=True)
 
 

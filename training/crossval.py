@@ -159,9 +159,9 @@ def score_run(run: Path, films: Sequence[Film], device: str = "cpu") -> list[Fil
 
 
 def _fold(name: str, run: Path) -> Fold:
-    told = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    made_of = json.loads((run / "run.json").read_text(encoding="utf-8"))
     outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
-    return Fold(name, told["films"], told["data"], outcome["epochs"], outcome["seconds"])
+    return Fold(name, made_of["films"], made_of["data"], outcome["epochs"], outcome["seconds"])
 
 
 def study_figures(record: Record) -> Iterator[str]:
@@ -169,7 +169,5 @@ def study_figures(record: Record) -> Iterator[str]:
     for area in (*sorted({one.film.area for one in record.scores}), ALL_AREAS):
         own = [one for one in record.scores if area in (one.film.area, ALL_AREAS)]
         cases = cases_of(by_study(own), None)
-        auc = auc_of(cases)
-        told = "-" if auc.value is None else f"{auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})"
         count, positive = len(cases.labels), int(cases.labels.sum())
-        yield f"{area}: {count} studies, {positive} positive, AUC {told}"
+        yield f"{area}: {count} studies, {positive} positive, AUC {auc_of(cases).words()}"

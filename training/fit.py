@@ -179,8 +179,8 @@ class _Trainer:
         for stage in settings.stages:
             self._plan += [_Epoch("all", stage.size, stage.crops)] * stage.epochs
         self._last = _Epoch("all", last.size, last.crops)
-        self._told = regions_and_views(sides.train)
-        self._joint = nn.Linear(_FEATURES, self._told.shape[1])
+        self._shown = regions_and_views(sides.train)
+        self._joint = nn.Linear(_FEATURES, self._shown.shape[1])
         self._joint.to(self._device)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.precision == "fp16")
         self._history: list[dict[str, float]] = []
@@ -308,7 +308,7 @@ class _Trainer:
             moved = unsteady(maps[: len(labels)], maps[len(labels) :])
             loss = loss + settings.steady * (weights * moved).mean()
         if settings.joint:
-            told = torch.from_numpy(self._told[numbers]).to(self._device)
+            told = torch.from_numpy(self._shown[numbers]).to(self._device)
             shown = self._joint(activations[: len(labels)].mean(dim=(2, 3)))
             wrong = functional.binary_cross_entropy_with_logits(shown.float(), told)
             loss = loss + settings.joint * wrong

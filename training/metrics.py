@@ -30,6 +30,13 @@ class Estimate:
     low: float | None
     high: float | None
 
+    def words(self, style: str = ".3f") -> str:
+        """Return figure and interval in words; ``style`` is that of each number."""
+        if self.value is None or self.low is None or self.high is None:
+            return "not estimable"
+        value, low, high = (format(number, style) for number in (self.value, self.low, self.high))
+        return f"{value} ({low} to {high})"
+
 
 @dataclass(frozen=True, slots=True)
 class Cases:

@@ -122,7 +122,7 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
             licence="this site's own",
             origin="trained",
             source=f"{before.area} {before.short}" if before else "random weights",
-            notes=_told(before, gain),
+            notes=_comparison(before, gain),
         ),
     )
     card = store.add(file, card)
@@ -154,22 +154,15 @@ def _gain(
     return difference(new, old, roc_auc)
 
 
-def _told(before: Card | None, gain: Estimate | None) -> str:
+def _comparison(before: Card | None, gain: Estimate | None) -> str:
     if before is None or gain is None:
         return "Trained where no weights were in use."
     return (
-        f"Fine-tuned from {before.short}. On the same studies its AUC is {words(gain)} against"
-        " theirs, which may have been trained on some of them."
+        f"Fine-tuned from {before.short}. On the same studies its AUC is {gain.words('+.3f')}"
+        " against theirs, which may have been trained on some of them."
     )
 
 
 def not_worse(gain: Estimate) -> bool:
     """Return whether the interval of a gain says that nothing is lost but a margin."""
     return gain.low is not None and gain.low >= -MARGIN
-
-
-def words(told: Estimate) -> str:
-    """Return a difference and its interval as words."""
-    if told.value is None:
-        return "not comparable"
-    return f"{told.value:+.3f} ({told.low:+.3f} to {told.high:+.3f})"

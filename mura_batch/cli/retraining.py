@@ -70,7 +70,7 @@ def retrain(
     cli.notice()
     _be_modest(memory, device)
     try:
-        from training.retrain import Plan, words
+        from training.retrain import Plan
         from training.retrain import retrain as run
         from training.sources import read
     except ModuleNotFoundError as exc:
@@ -84,13 +84,10 @@ def retrain(
             raise
         raise Transient(f"training ran out of memory ({_first_line(exc)}): give --memory") from exc
     click.echo(f"the run is kept in {done.run}", err=True)
-    auc = done.new
-    click.echo(
-        f"{area}: {done.card.short}, study AUC {auc.value:.3f}"
-        f" ({auc.low:.3f} to {auc.high:.3f}) on {done.card.metrics['study_auc'].on}"
-    )
+    on = done.card.metrics["study_auc"].on
+    click.echo(f"{area}: {done.card.short}, study AUC {done.new.words()} on {on}")
     if done.before is not None and done.gain is not None:
-        click.echo(f"against {done.before.short}, in use: {words(done.gain)}")
+        click.echo(f"against {done.before.short}, in use: {done.gain.words('+.3f')}")
     if done.activated:
         click.echo("in use now; `mura-batch rerun --stale` scores old studies again")
     elif plan.activate:
