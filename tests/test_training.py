@@ -192,19 +192,25 @@ def test_a_hybrid_is_trained_scored_and_begun_with(atlas: Path, tmp_path: Path) 
     assert "encoder.layers.0.linear1.weight" in state
 
 
-def test_phase_one_moves_the_head_alone(atlas: Path, tmp_path: Path) -> None:
+def moved(atlas: Path, run: Path, settings: FitSettings) -> set[str]:
+    """Return which parts of the network one epoch has moved."""
     state = EvidenceNet().state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
-    only_head = replace(TINY, average=0.0)
     data = fracatlas.read(atlas)
-    fit(data, tmp_path / "run", only_head, start=state, workers=0, stop_after=1)
-    after = torch.load(tmp_path / "run/state.pt", weights_only=True)["average"]
-    moved = {
-        name.removeprefix("module.")
-        for name, tensor in after.items()
-        if name != "n_averaged" and not torch.equal(tensor, before[name.removeprefix("module.")])
-    }
-    assert moved == {"classifier.weight", "classifier.bias"}
+    fit(data, run, replace(settings, average=0.0), start=state, workers=0, stop_after=1)
+    after = torch.load(run / "state.pt", weights_only=True)["network"]
+    changed = (name for name in after if not torch.equal(after[name], before[name]))
+    return {name.removeprefix("features.").split(".")[0] for name in changed}
+
+
+def test_phase_one_moves_the_head_alone(atlas: Path, tmp_path: Path) -> None:
+    assert moved(atlas, tmp_path / "run", TINY) == {"classifier"}
+
+
+def test_frozen_blocks_stay_as_they_are(atlas: Path, tmp_path: Path) -> None:
+    frozen = replace(TINY, head_epochs=0, stages=(Stage(64, 1, frozen=2),))
+    upper = {"denseblock3", "transition3", "denseblock4", "norm5", "classifier"}
+    assert moved(atlas, tmp_path / "run", frozen) == upper
 
 
 def test_blocks_learn_more_slowly_the_deeper_they_lie() -> None:

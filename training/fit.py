@@ -37,7 +37,7 @@ from training.objectives import film_weights, outside, regions_and_views, unstea
 from training.optimisation import parameter_groups, warm_cosine
 from training.prepared import Prepared, prepared
 from training.run_folder import alone_in, describe, save, state_digest, write_json, write_log
-from training.settings import FitSettings, Phase
+from training.settings import FitSettings, Phase, Stage
 
 _FEATURES = 1024  # channels of DenseNet-121's last map
 _LOOK = 100  # steps between two looks at the loss
@@ -140,8 +140,7 @@ def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettin
 
 class _Epoch(NamedTuple):
     phase: Phase
-    size: int
-    crops: bool
+    stage: Stage
 
 
 class _Trainer:
@@ -174,11 +173,9 @@ class _Trainer:
         )
         self._weights = film_weights(sides.train, settings.imbalance)
         self._aside, self._seen = sides.aside, inputs.aside
-        first, last = settings.stages[0], settings.stages[-1]
-        self._plan = [_Epoch("head", first.size, first.crops)] * settings.head_epochs
+        self._plan = [_Epoch("head", settings.stages[0])] * settings.head_epochs
         for stage in settings.stages:
-            self._plan += [_Epoch("all", stage.size, stage.crops)] * stage.epochs
-        self._last = _Epoch("all", last.size, last.crops)
+            self._plan += [_Epoch("all", stage)] * stage.epochs
         self._shown = regions_and_views(sides.train)
         self._joint = nn.Linear(_FEATURES, self._shown.shape[1])
         self._joint.to(self._device)
@@ -216,7 +213,7 @@ class _Trainer:
         measured = [
             number
             for number, (epoch, _) in enumerate(zip(self._plan, self._history, strict=False))
-            if epoch == self._last
+            if epoch == self._plan[-1]
         ]
         return max(measured, key=lambda n: self._history[n]["study_auc"], default=None)
 
@@ -241,7 +238,6 @@ class _Trainer:
     def _begin(self, phase: Phase) -> None:
         """Make the phase's optimiser and schedule."""
         self._phase = phase
-        self._network.features.requires_grad_(phase == "all")
         groups = parameter_groups(self._network, self._settings, phase)
         groups.append({"params": list(self._joint.parameters()), "lr": groups[0]["lr"]})
         self._optimiser = torch.optim.AdamW(groups, fused=self._device.type != "mps")
@@ -251,12 +247,10 @@ class _Trainer:
 
     def _pass(self, number: int, epoch: _Epoch) -> float:
         """Train on every film once, drawn anew; return the mean loss."""
-        self._network.train()
-        if self._phase == "head":
-            self._network.features.eval()  # its normalisation stays as it was learned
+        self._freeze(epoch)
         order = self._order(np.random.default_rng([self._settings.seed, number]))
         margin = CELL if self._settings.steady else 0  # what films are moved by
-        self._drawn.begin(number, epoch.size + margin, crops=epoch.crops)
+        self._drawn.begin(number, epoch.stage.size + margin, crops=epoch.stage.crops)
         loader = DataLoader(
             self._drawn,
             self._settings.batch,
@@ -273,6 +267,15 @@ class _Trainer:
             if step % _LOOK == 0 or step == len(loader):  # to look waits for the device
                 _finite(float(total), name)
         return float(total) / len(loader)
+
+    def _freeze(self, epoch: _Epoch) -> None:
+        """Let only those parts learn that this epoch is for; the others' normalisation stays."""
+        self._network.train()
+        frozen = epoch.phase == "head" or epoch.stage.frozen > 0
+        last = f"transition{epoch.stage.frozen}"  # of the frozen parts
+        for name, part in self._network.features.named_children():
+            part.requires_grad_(not frozen).train(not frozen)
+            frozen = frozen and (epoch.phase == "head" or name != last)
 
     def _step(self, draw: Draw, numbers: Sequence[int]) -> Tensor:
         with self._autocast():

@@ -23,11 +23,14 @@ class Stage:
         crops: of parts of the films at the scale of whole ones: they show the same detail at a
             fraction of the cost, and a part of a film with boxes that shows none is a negative.
             Films without boxes stay whole.
+        frozen: dense blocks, from the input on, that stay as they are: they are the most costly
+            to train, and see on whole films what they saw on crops.
     """
 
     size: int
     epochs: int
     crops: bool = False
+    frozen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ LIMB = Preprocessing(size=320, crop="foreground", fit="pad", decode="reduced")
 LIMB_FILMS = FitSettings(
     LIMB,
     head_epochs=1,
-    stages=(Stage(128, 8, crops=True), Stage(320, 3)),
+    stages=(Stage(128, 8, crops=True), Stage(320, 4, frozen=2)),
     rate=5e-4,
     block_decay=0.9,
     imbalance="balanced",
@@ -93,7 +96,7 @@ LIMB_FILMS = FitSettings(
 FROM_NOTHING = replace(
     LIMB_FILMS,
     head_epochs=0,
-    stages=(Stage(128, 16, crops=True), Stage(320, 4)),
+    stages=(Stage(128, 16, crops=True), Stage(320, 4, frozen=2)),
     rate=1e-3,
     block_decay=1.0,
 )
