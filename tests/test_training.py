@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +18,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mura_tree import make_tree
 from test_training_data import write_manifest
 from tiny_atlas import TINY, write_atlas
+from torchvision.models import DenseNet121_Weights, densenet121
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient
@@ -123,7 +127,7 @@ def test_each_fold_is_scored_by_a_network_that_never_saw_it(
     record = Record.read(tmp_path / "cv/record.json")
     assert record.settings == TINY
     assert [fold.name for fold in record.folds] == ["0", "1"]
-    assert all(fold.epochs == 4 and fold.seconds > 0 for fold in record.folds)
+    assert all(len(fold.losses) == 4 and fold.seconds > 0 for fold in record.folds)
     films = {film.path.name: film for film in fracatlas.read(atlas).films}
     assert len(record.scores) == 20
     for one in record.scores:
@@ -364,6 +368,45 @@ def test_what_a_network_starts_with(whole: Path, tmp_path: Path) -> None:
             state_of(str(tmp_path / name))
     with pytest.raises(Misconfigured, match="takes nothing, imagenet"):
         state_of("something")
+
+
+def from_imagenet(tree: Path, run: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    few = ("--head-epochs", "1", "--epochs", "1", "--batch", "4", "--patience", "0")
+    asked = ("--start", "imagenet", "--area", "XR_WRIST", "--held-out", "valid", "--workers", "0")
+    command = [sys.executable, "-m", "training", "fit", str(tree), str(run), *few, *asked]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_mura_is_learned_from_imagenets_weights(tmp_path: Path) -> None:
+    """The file lies where torchvision keeps what it has downloaded."""
+    counts = {"train": {"XR_WRIST": (3, 3)}, "valid": {"XR_WRIST": (1, 1)}}
+    images = {"train": {"XR_WRIST": 8}, "valid": {"XR_WRIST": 2}}
+    make_tree(tmp_path / "MURA-v1.1", counts, images)
+    kept = tmp_path / "torch/hub/checkpoints" / Path(DenseNet121_Weights.DEFAULT.url).name
+    kept.parent.mkdir(parents=True)
+    torch.manual_seed(4)
+    theirs = densenet121().state_dict()
+    torch.save(theirs, kept)
+    done = from_imagenet(tmp_path / "MURA-v1.1", tmp_path / "run", TORCH_HOME=str(kept.parents[2]))
+    assert done.returncode == 0, done.stderr
+    ours = torch.load(tmp_path / "run/network.pt", weights_only=True)
+    assert ours["classifier.weight"].shape == (1, 1024)
+    apart = ours["features.conv0.weight"] - theirs["features.conv0.weight"]
+    assert 0 < apart.abs().max() < 1e-3  # it has learned a little from there
+    made_of = json.loads((tmp_path / "run/run.json").read_text())
+    assert made_of["films"] == 8
+    assert made_of["settings"]["preprocessing"]["size"] == 224
+
+
+def test_imagenets_weights_that_cannot_be_had_say_what_to_do(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"train": {"XR_WRIST": (2, 2)}}, {"train": {"XR_WRIST": 4}})
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path / "torch")}
+    done = from_imagenet(tmp_path, tmp_path / "run", **nowhere)
+    assert done.returncode == 1
+    assert "cannot be downloaded" in done.stderr.splitlines()[-1]
+    assert "--start bundled" in done.stderr.splitlines()[-1]
 
 
 def scores(seed: int, count: int = 120) -> Cases:

@@ -36,13 +36,18 @@ class Fold:
         films: that were trained on.
         data: their digest.
         seconds: that the training took.
+        losses: mean training loss of each epoch.
+        versions: of the packages, Python's too.
+        threads: of the training.
     """
 
     name: str
     films: int
     data: str
-    epochs: int
     seconds: int
+    losses: tuple[float, ...]
+    versions: Mapping[str, str]
+    threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,15 @@ class Record:
     """How a method did on folds that it had not seen.
 
     Attributes:
-        start: what training began with, in words or a digest.
+        start: what training began with, as it was asked for.
+        areas: whose films were trained on.
         scores: of the films out of fold; their paths are names alone.
     """
 
     settings: FitSettings
     start: str
     target: str
+    areas: tuple[str, ...]
     folds: tuple[Fold, ...]
     scores: tuple[FilmScore, ...]
 
@@ -66,6 +73,7 @@ class Record:
             "settings": asdict(self.settings),
             "start": self.start,
             "target": self.target,
+            "areas": self.areas,
             "folds": [asdict(fold) for fold in self.folds],
             "scores": [_row(score) for score in self.scores],
         }
@@ -83,7 +91,8 @@ class Record:
                 settings_of(told["settings"]),
                 told["start"],
                 told["target"],
-                tuple(Fold(**fold) for fold in told["folds"]),
+                tuple(told["areas"]),
+                tuple(Fold(**{**fold, "losses": tuple(fold["losses"])}) for fold in told["folds"]),
                 tuple(map(_score, told["scores"])),
             )
         except (OSError, ValueError, KeyError, TypeError) as exc:
@@ -133,6 +142,7 @@ def cross_validate(
         Misconfigured: there is no such fold, and as for :func:`training.fit.fit`.
     """
     data.has_splits(folds)
+    areas = tuple(sorted({film.area for film in data.films}))
     done: list[Fold] = []
     scores: list[FilmScore] = []
     for name in folds:
@@ -141,7 +151,7 @@ def cross_validate(
         films = [f for f in data.films if f.split == name and f.area in set(Area)]
         scores += score_run(own, films, device)
         done.append(_fold(name, own))
-        record = Record(settings, begins, data.target, tuple(done), tuple(scores))
+        record = Record(settings, begins, data.target, areas, tuple(done), tuple(scores))
         write_json(record.to_json(), run / "record.json", indent=None)
     return record
 
@@ -161,7 +171,15 @@ def score_run(run: Path, films: Sequence[Film], device: str = "cpu") -> list[Fil
 def _fold(name: str, run: Path) -> Fold:
     made_of = json.loads((run / "run.json").read_text(encoding="utf-8"))
     outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
-    return Fold(name, made_of["films"], made_of["data"], outcome["epochs"], outcome["seconds"])
+    return Fold(
+        name=name,
+        films=made_of["films"],
+        data=made_of["data"],
+        seconds=outcome["seconds"],
+        losses=tuple(outcome["losses"]),
+        versions=made_of["versions"],
+        threads=made_of["threads"],
+    )
 
 
 def study_figures(record: Record) -> Iterator[str]:

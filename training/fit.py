@@ -2,7 +2,7 @@
 
 A run folder holds all that repeats a run and all that resumes it: ``run.json`` (settings, data
 digest, versions), ``state.pt`` (after each epoch), ``best.pt``, ``log.csv``, TensorBoard's events,
-and at the end ``outcome.json`` (epochs, seconds) and ``network.pt``; prepared films are kept in
+and at the end ``outcome.json`` (seconds, losses) and ``network.pt``; prepared films are kept in
 ``films`` beside it. A run that was cut off goes on after its last whole epoch, on a CPU with as
 many threads to the same network bit by bit.
 """
@@ -195,8 +195,9 @@ class _Trainer:
         if self._ended():
             best = self._run / "best.pt"
             state = torch.load(best, weights_only=True) if self._aside else self._state()
-            told = {"epochs": len(self._history), "seconds": round(self._seconds)}
-            write_json(told, self._run / "outcome.json")
+            losses = [round(told["loss"], 5) for told in self._history]
+            outcome = {"seconds": round(self._seconds), "losses": losses}
+            write_json(outcome, self._run / "outcome.json")
             save(state, self._run / "network.pt")
 
     def _ended(self) -> bool:

@@ -23,6 +23,8 @@ from mura_batch.weights import sha256_of
 from training.dataset import Film
 from training.settings import FitSettings, settings_of
 
+_PLACES = ("path", "where", "split")  # of a film: where it stands, not what is trained on
+
 
 @contextmanager
 def alone_in(run: Path) -> Iterator[None]:
@@ -103,12 +105,11 @@ def read_settings(file: Path) -> FitSettings:
 
 
 def data_digest(films: Sequence[Film]) -> str:
-    """Return a digest of the films' contents and labels, in their order."""
+    """Return a digest of all that is trained on: the files' contents and what is told of them."""
     digest = hashlib.sha256()
     for film in films:
-        content = sha256_of(film.path)
-        told = (content, film.frame, film.study, film.patient, film.area, film.label, film.weight)
-        digest.update(repr(told).encode())
+        told = {name: value for name, value in asdict(film).items() if name not in _PLACES}
+        digest.update(repr((sha256_of(film.path), told)).encode())
     return digest.hexdigest()
 
 
