@@ -11,9 +11,10 @@ The way of the films through the modules:
       objectives  what is minimised besides the cross-entropy; optimisation: how fast
     search        settings by cross-validation within the training set
     crossval      each fold by a network that never saw it → a record
-    evaluate      figures with intervals (metrics, localisation) → evaluation_report
+    evaluate      figures with intervals (metrics, localisation) → evaluation_report, plots
     calibration   logits → probabilities and thresholds
     publish       network and record → weights with cards
+    report        records → the analytical note; pictures: films under their evidence
     retrain       all of it for a site, beside its daemon
 
 ``__main__`` and ``fit_commands`` give it flags.

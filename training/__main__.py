@@ -197,6 +197,33 @@ def publish(data: Path, record: Path, run: Path, folder: Path) -> None:
     click.echo(f"written to {done}", err=True)
 
 
+@training.command()
+@click.argument("records", type=FOUND, default="training/records")
+@click.argument("folder", type=FOLDER, default="training")
+@click.option("--data", type=FOUND, help="The films, to draw overlays of some; with --run.")
+@click.option("--run", type=FOUND, help="Folder of the cross-validation of generalist.json.")
+def report(records: Path, folder: Path, data: Path | None, run: Path | None) -> None:
+    """Write REPORT.md, .html and with weasyprint .pdf into FOLDER, from the run records in RECORDS.
+
+    RECORDS holds generalist.json and, where there are some, data.json, specialists/*.json and
+    parts/*.json with parts/base.json: what `cross-validate` and `data report --json` write.
+
+    \b
+    python -m training report training/records training
+    """
+    from training.crossval import Record
+    from training.pictures import draw
+    from training.report import GENERALIST, write_note
+
+    click.echo(NOTICE, err=True)
+    if (data is None) != (run is None):
+        raise click.UsageError("--data and --run go together.")
+    if data is not None and run is not None:
+        draw(Record.read(records / GENERALIST), read(data).checked().films, run, folder / "figures")
+    for file in write_note(records, folder):
+        click.echo(f"written to {file}", err=True)
+
+
 def main() -> None:
     """Run a command; errors are one line and exit code 1."""
     try:

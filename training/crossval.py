@@ -56,7 +56,7 @@ class Record:
 
     Attributes:
         start: what training began with, as it was asked for.
-        areas: whose films were trained on.
+        areas: whose films were scored.
         scores: of the films out of fold; their paths are names alone.
     """
 
@@ -129,6 +129,7 @@ def cross_validate(
     settings: FitSettings,
     *,
     folds: Collection[str],
+    areas: Collection[str] = tuple(Area),
     start: Mapping[str, Tensor] | None = None,
     begins: str = "nothing",
     device: str = "cpu",
@@ -136,22 +137,21 @@ def cross_validate(
 ) -> Record:
     """Train without each fold and score it; write ``run/record.json`` after each.
 
-    Films outside the seven areas are trained on, not scored. A run that was cut off goes on.
+    Films of other ``areas`` are trained on, not scored. A run that was cut off goes on.
 
     Raises:
         Misconfigured: there is no such fold, and as for :func:`training.fit.fit`.
     """
     data.has_splits(folds)
-    areas = tuple(sorted({film.area for film in data.films}))
     done: list[Fold] = []
     scores: list[FilmScore] = []
     for name in folds:
         own = run / f"fold-{name}"
         fit(data, own, settings, held_out=[name], start=start, device=device, workers=workers)
-        films = [f for f in data.films if f.split == name and f.area in set(Area)]
+        films = [f for f in data.films if f.split == name and f.area in areas]
         scores += score_run(own, films, device)
         done.append(_fold(name, own))
-        record = Record(settings, begins, data.target, areas, tuple(done), tuple(scores))
+        record = Record(settings, begins, data.target, tuple(areas), tuple(done), tuple(scores))
         write_json(record.to_json(), run / "record.json", indent=None)
     return record
 

@@ -20,7 +20,7 @@ from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.weights import WeightsStore, load_bundled
-from mura_batch.weights_card import Calibration, Card
+from mura_batch.weights_card import Calibration, Card, PointName
 from training.dataset import Film
 from training.localisation import Localised, localise
 from training.metrics import Cases, Estimate, figures, resampled
@@ -36,6 +36,24 @@ class FilmScore:
     film: Film
     logit: float
     localised: Localised | None
+
+
+@dataclass(frozen=True, slots=True)
+class Deciding:
+    """How logits become probabilities and decisions.
+
+    Attributes:
+        thresholds: by the operating point's name.
+    """
+
+    calibration: Calibration | None
+    thresholds: Mapping[PointName, float]
+
+    @classmethod
+    def of(cls, card: Card) -> Deciding:
+        """Return what a card says."""
+        points = {point.name: point.threshold for point in card.operating_points}
+        return cls(card.calibration, points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +113,14 @@ def evaluate_areas(
     if not scores:
         raise Misconfigured(f"There are no films of {', '.join(areas)} here.")
     groups = dict(scores)
-    if len(scores) > 1 and len({_deciding(card) for card in cards.values()}) == 1:
+    if len(scores) > 1 and len({_same(card) for card in cards.values()}) == 1:
         groups[ALL_AREAS] = [one for some in scores.values() for one in some]
     any_card = next(iter(cards.values()))
     evaluations: list[Evaluation] = []
     studies: dict[str, Cases] = {}
     for area, some in groups.items():
         card = cards.get(area, any_card)
-        evaluations += evaluate(some, card, area)
+        evaluations += evaluate(some, Deciding.of(card), area)
         studies[area] = cases_of(by_study(some), card.calibration)
     every = tuple(one for some in scores.values() for one in some)
     return Findings(tuple(evaluations), studies, every, cards)
@@ -118,7 +136,7 @@ def _weights(area: Area, home: Path | None, digest: str | None) -> tuple[Network
     return store.load(card), card
 
 
-def _deciding(card: Card) -> tuple[object, ...]:
+def _same(card: Card) -> tuple[object, ...]:
     """Return all of a card that decides what is said of a film."""
     points = tuple((point.name, point.threshold) for point in card.operating_points)
     return card.sha256, card.preprocessing, card.calibration, points
@@ -149,21 +167,20 @@ def _read(film: Film, spec: Preprocessing) -> tuple[Luminance, NetworkInput]:
         return read_film(film.path, film.frame, spec)
 
 
-def evaluate(scores: Sequence[FilmScore], card: Card, area: str) -> list[Evaluation]:
-    """Return the figures of films that one network scored: both levels, strata, and where.
+def evaluate(scores: Sequence[FilmScore], deciding: Deciding, area: str) -> list[Evaluation]:
+    """Return the figures of films that are decided alike: both levels, strata, and where.
 
-    ``area`` is the group's name; decisions are those of the card's operating points.
+    ``area`` is the group's name.
     """
-    thresholds: dict[str, float] = {p.name: p.threshold for p in card.operating_points}
     found: list[Evaluation] = []
     for level, groups in (("image", [[one] for one in scores]), ("study", by_study(scores))):
-        cases = cases_of(groups, card.calibration)
+        cases = cases_of(groups, deciding.calibration)
         for stratum, chosen in _strata(groups).items():
             some = cases.only(chosen)
             count, positive = len(some.labels), int(some.labels.sum())
-            told = figures(some, thresholds)
+            told = figures(some, deciding.thresholds)
             found.append(Evaluation(area, level, stratum, count, positive, told))
-    return [*found, *_where(scores, card, area)]
+    return [*found, *_where(scores, deciding, area)]
 
 
 def _strata(groups: Sequence[Sequence[FilmScore]]) -> dict[str, NDArray[np.bool_]]:
@@ -177,13 +194,13 @@ def _strata(groups: Sequence[Sequence[FilmScore]]) -> dict[str, NDArray[np.bool_
     return {name: chosen for name, chosen in strata.items() if name == "all" or chosen.any()}
 
 
-def _where(scores: Sequence[FilmScore], card: Card, area: str) -> Iterator[Evaluation]:
+def _where(scores: Sequence[FilmScore], deciding: Deciding, area: str) -> Iterator[Evaluation]:
     """Yield how the evidence lies to the boxes of the films that have some."""
     boxed = [one for one in scores if one.localised is not None]
     if not boxed:
         return
-    cases = cases_of([[one] for one in boxed], card.calibration)
-    found = cases.probabilities >= card.threshold
+    cases = cases_of([[one] for one in boxed], deciding.calibration)
+    found = cases.probabilities >= deciding.thresholds["balanced"]
     for stratum, chosen in (("all", np.ones(len(boxed), bool)), ("found", found)):
         told = {
             name: resampled(

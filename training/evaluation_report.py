@@ -10,15 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
-import numpy as np
-from matplotlib.figure import Figure
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from mura_batch.atomic import write_atomic
 from mura_batch.config import NOTICE
 from training.evaluate import Evaluation, Findings
-from training.metrics import Cases
+from training.plots import STYLE, plots
 
 _COLUMNS = ("area", "level", "stratum", "count", "positive", "figure", "value", "low", "high")
 
@@ -47,30 +43,6 @@ def write_report(folder: Path, found: Findings, about: Mapping[str, str | None])
     _write(folder / "report.html", _html(found))
 
 
-def plots(cases: Cases) -> str:
-    """Return ROC, precision-recall and reliability of cases of both labels, as SVG."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    roc, recall, reliability = figure.subplots(1, 3)
-    false, true, _ = roc_curve(cases.labels, cases.logits)
-    roc.plot(false, true)
-    roc.plot([0, 1], [0, 1], ":", color="grey")
-    roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
-    precision, found, _ = precision_recall_curve(cases.labels, cases.logits)
-    recall.plot(found, precision)
-    recall.axhline(float(np.mean(cases.labels)), linestyle=":", color="grey")
-    recall.set(title="precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-    share, told = calibration_curve(
-        cases.labels, cases.probabilities, n_bins=10, strategy="quantile"
-    )
-    reliability.plot(told, share, "o-")
-    reliability.plot([0, 1], [0, 1], ":", color="grey")
-    reliability.set(title="reliability", xlabel="probability told", ylabel="share positive")
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    drawing = stream.getvalue()
-    return drawing[drawing.index("<svg") :]
-
-
 def _rows(evaluations: Sequence[Evaluation]) -> list[tuple[object, ...]]:
     return [
         (e.area, e.level, e.stratum, e.count, e.positive, name, told.value, told.low, told.high)
@@ -91,7 +63,7 @@ def _html(found: Findings) -> str:
     drawn = {a: plots(c) for a, c in found.studies.items() if len(set(c.labels.tolist())) > 1}
     page = jinja2.Environment(autoescape=True).from_string(_PAGE)
     areas = list(dict.fromkeys(e.area for e in found.evaluations))
-    return page.render(notice=NOTICE, found=found, plots=drawn, areas=areas)
+    return page.render(style=STYLE, notice=NOTICE, found=found, plots=drawn, areas=areas)
 
 
 def _write(file: Path, text: str) -> None:
@@ -100,13 +72,7 @@ def _write(file: Path, text: str) -> None:
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Evaluation</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; margin: 1em 0 }
-td, th { padding: .15em .8em; text-align: left; border-bottom: 1px solid #ddd }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-svg { max-width: 100%; height: auto }
-</style>
+{{ style | safe }}
 <h1>Evaluation</h1>
 <p><strong>{{ notice }}</strong></p>
 <table><tr><th>area</th><th>weights</th><th>target</th><th>trained on</th></tr>

@@ -161,7 +161,7 @@ def cross_validate_command(
     from training.crossval import cross_validate, study_figures
     from training.folds import folded
 
-    begins = options["start"]
+    begins, areas = options["start"], options["area"] or tuple(Area)
     data, settings, start = _asked(options)
     folds = sorted({film.split for film in data.films} - {""})
     if len(folds) <= 1:
@@ -172,6 +172,7 @@ def cross_validate_command(
         run,
         settings,
         folds=fold or folds,
+        areas=areas,
         start=start,
         begins=begins,
         device=device,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mura_batch.weights_card import PointName
+
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 Figure = Callable[[Floats], Floats]  # weights (B, N) → one value a sample, NaN where there is none
@@ -65,7 +67,7 @@ class Cases:
         )
 
 
-def figures(cases: Cases, thresholds: Mapping[str, float]) -> dict[str, Estimate]:
+def figures(cases: Cases, thresholds: Mapping[PointName, float]) -> dict[str, Estimate]:
     """Return every figure of the cases, at each of the named thresholds where it needs one.
 
     Accuracy, F1 and kappa are those at ``balanced``.

@@ -22,7 +22,7 @@ from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint, O
 from training.calibration import POINTS, cross_fitted_rates, fit_calibration, thresholds
 from training.crossval import Record
 from training.dataset import Film
-from training.evaluate import FilmScore, by_study, cases_of, score_films
+from training.evaluate import Deciding, FilmScore, by_study, cases_of, score_films
 from training.metrics import Cases, auc_of
 from training.run_folder import read_settings
 from training.settings import FitSettings
@@ -86,8 +86,7 @@ def card_for(
     raw = cases_of(exams, None)
     if len(set(raw.labels.tolist())) == 1:
         raise Misconfigured("The studies to measure on have one label only: give more studies.")
-    calibration = _calibration(raw, found.on)
-    points = thresholds(cases_of(exams, calibration).probabilities, raw.labels)
+    deciding = decided_by(exams, found.on)
     rates = cross_fitted_rates(raw)
     return Card(
         area=area,
@@ -98,13 +97,13 @@ def card_for(
         operating_points=tuple(
             OperatingPoint(
                 name=name,
-                threshold=round(points[name], 4),
+                threshold=deciding.thresholds[name],
                 sensitivity=_rounded(rates[name][0].value),
                 specificity=_rounded(rates[name][1].value),
             )
             for name in POINTS
         ),
-        calibration=calibration,
+        calibration=deciding.calibration,
         training_data=origins.training_data,
         metrics=_metrics(exams, area, found.on),
         licence=origins.licence,
@@ -185,12 +184,23 @@ def _longer_side(path: Path) -> int:
         return max(film.size)
 
 
-def _calibration(cases: Cases, on: str) -> Calibration | None:
-    """Return Platt's scaling, or None for a network that orders studies no better than chance."""
+def decided_by(exams: Sequence[Sequence[FilmScore]], on: str) -> Deciding:
+    """Return calibration and thresholds fitted on scored studies, which are ``on`` in words.
+
+    Calibrated by Platt's scaling, but for a network that orders studies no better than chance.
+    """
+    cases = cases_of(exams, None)
     slope, intercept = fit_calibration(cases.logits, cases.labels)
-    if slope <= 0:
-        return None
-    return Calibration(round(slope, 5), round(intercept, 5), f"{_count(cases)}; {on}")
+    calibration = None
+    if slope > 0:
+        calibration = Calibration(round(slope, 5), round(intercept, 5), f"{_count(cases)}; {on}")
+    points = thresholds(cases_of(exams, calibration).probabilities, cases.labels)
+    return Deciding(calibration, {name: round(value, 4) for name, value in points.items()})
+
+
+def deciding_of(record: Record) -> Deciding:
+    """Return calibration and thresholds fitted on a record's out-of-fold logits."""
+    return decided_by(by_study(record.scores), "out of fold")
 
 
 def _metrics(exams: Sequence[Sequence[FilmScore]], area: Area, on: str) -> dict[str, Metric]:

@@ -1,0 +1,119 @@
+"""The note that is written from run records, and the pictures beside it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_atlas import TINY, write_atlas
+
+from mura_batch.errors import Misconfigured
+from training.crossval import Record, cross_validate
+from training.data_report import survey
+from training.dataset import Region
+from training.report import write_note
+from training.settings import FitSettings, Stage
+from training.sources import fracatlas
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of two folds, of one with a part changed, and of a specialist."""
+    root = tmp_path_factory.mktemp("report")
+    data = fracatlas.read(write_atlas(root / "atlas"))
+    boxed = (replace(f, boxes=(Region(0.5, 0.5, 0.4, 0.3),) * f.label) for f in data.films)
+    data = replace(data, films=tuple(boxed))
+    whole = replace(TINY, patience=None, stages=(Stage(64, 1),))
+    for name, settings, folds in (
+        ("generalist", whole, ("0", "1")),
+        ("parts/base", whole, ("0",)),
+        ("parts/no-first-phase", replace(whole, head_epochs=0, inside=0.2), ("0",)),
+        ("specialists/hand", replace(whole, rate=1e-4), ("1",)),
+    ):
+        write_record(root, name, settings, folds)
+    (root / "records/data.json").write_text(survey(data, workers=1).to_json())
+    return root
+
+
+def write_record(root: Path, name: str, settings: FitSettings, folds: tuple[str, ...]) -> None:
+    run = root / "runs" / name
+    areas = ("XR_HAND",)
+    data = fracatlas.read(root / "atlas")
+    cross_validate(data, run, settings, folds=folds, areas=areas, workers=0)
+    target = root / "records" / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run / "record.json", target)
+
+
+def rows(note: str, first: str) -> list[list[str]]:
+    """Return the cells of the tables' rows that begin with a word."""
+    lines = (line.strip().strip("|").split("|") for line in note.splitlines() if "|" in line)
+    cells = ([cell.strip() for cell in line] for line in lines)
+    return [row for row in cells if row[0] == first]
+
+
+def test_the_note_says_what_the_records_say(made: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training", "report", str(made / "records"), str(tmp_path)]
+    drawn = ["--data", str(made / "atlas"), "--run", str(made / "runs/generalist")]
+    done = subprocess.run([*command, *drawn], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    note = (tmp_path / "REPORT.md").read_text()
+    assert "research use only" in note
+    record = Record.read(made / "records/generalist.json")
+    for fold in record.folds:
+        (row,) = (row for row in rows(note, fold.name) if len(row) == 6)
+        assert row[1:4] == [str(fold.films), "2", str(fold.seconds)]
+        assert row[4] == "5 / 2"
+    (hand,) = rows(note, "no first phase")
+    assert hand[1] == "head epochs 0 (1); inside 0.2 (0.0)"
+    assert rows(note, "in full")[0][5] == "5 / 2"
+    assert rows(note, "base")[0][7] == "-"
+    (special,) = (row for row in rows(note, "XR_HAND") if row[1] == "hand")
+    assert special[2] == "rate 0.0001 (0.0003)"
+    assert rows(note, "XR_WRIST")[0][1:] == ["2134 / 1326", "9752", "140 / 97", "659"]
+    page = (tmp_path / "REPORT.html").read_text()
+    tables = sum(line.startswith("|---") for line in note.splitlines())
+    assert page.count("<table>") == tables > 5
+    pictures = sorted((tmp_path / "figures").glob("*.jpg"))
+    assert len(pictures) == 5
+    for picture in pictures:
+        assert f"figures/{picture.name}" in note
+        with Image.open(picture) as film:
+            assert min(film.size) > 100
+
+
+def test_the_same_records_make_the_same_note(made: Path, tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        write_note(made / "records", tmp_path / folder)
+    for name in ("REPORT.md", "REPORT.html", "figures/studies.svg", "figures/losses.svg"):
+        one, other = ((tmp_path / folder / name).read_bytes() for folder in ("one", "other"))
+        assert one == other
+
+
+def test_records_that_are_missing_or_damaged_are_named(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(Misconfigured, match=r"generalist\.json is no record"):
+        write_note(tmp_path, tmp_path / "out")
+    records = tmp_path / "records"
+    shutil.copytree(made / "records", records)
+    (records / "parts/base.json").unlink()
+    with pytest.raises(Misconfigured, match=r"holds no base\.json"):
+        write_note(records, tmp_path / "out")
+    (records / "parts/base.json").write_text("{}")
+    with pytest.raises(Misconfigured, match=r"base\.json is no record"):
+        write_note(records, tmp_path / "out")
+    shutil.copy(made / "records/parts/no-first-phase.json", records / "parts/base.json")
+    (records / "data.json").write_text("[]")
+    with pytest.raises(Misconfigured, match=r"data\.json is no data report"):
+        write_note(records, tmp_path / "out")
+
+
+def test_a_converter_makes_a_pdf(made: Path, tmp_path: Path) -> None:
+    if shutil.which("weasyprint") is None:
+        pytest.skip("weasyprint is not installed")
+    *_, last = write_note(made / "records", tmp_path)
+    assert last.read_bytes().startswith(b"%PDF-")

@@ -1,0 +1,126 @@
+"""Films under their evidence, out of fold: rightly decided or not, looked at in the right place
+or not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from mura_batch.atomic import write_atomic
+from mura_batch.network_input import Box, Luminance
+from mura_batch.overlay import thumbnail
+from mura_batch.radiograph import read_film
+from mura_batch.runtime import Inference, load
+from mura_batch.weights import fitted
+from training.crossval import Record
+from training.dataset import Film
+from training.evaluate import FilmScore, cases_of
+from training.publish import deciding_of
+from training.run_folder import read_settings
+
+_EACH = 4  # films of a group
+_GROUPS = ("found", "found elsewhere", "overlooked", "false alarm", "cleared")
+
+
+class _Chosen(NamedTuple):
+    group: str
+    film: Film
+    probability: float
+
+
+class _Seen(NamedTuple):
+    luminance: Luminance
+    box: Box
+    evidence: NDArray[np.float32]
+
+
+def draw(record: Record, films: Sequence[Film], run: Path, folder: Path) -> None:
+    """Draw some films of each group that decisions end in, a JPEG a group.
+
+    ``run`` is the cross-validation's folder: a film is seen by the network that was trained
+    without its fold.
+
+    Raises:
+        Misconfigured: a film or a network cannot be read.
+    """
+    by_name = {film.path.name: film for film in films}
+    chosen = [one._replace(film=by_name[one.film.path.name]) for one in _chosen(record)]
+    seen = _seen([one.film for one in chosen], run)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, group in enumerate(_GROUPS, start=1):
+        some = [one for one in chosen if one.group == group]
+        figure = Figure(figsize=(3 * _EACH, 3.4), layout="constrained")
+        for axes, one in zip(figure.subplots(1, _EACH), some, strict=False):
+            _draw(axes, one, seen[one.film.path])
+        figure.suptitle(f"{group}, research use only")
+        name = f"{number}-{group.replace(' ', '-')}.jpg"
+        write_atomic(folder / name, partial(figure.savefig, format="jpeg", dpi=80))
+
+
+def _chosen(record: Record) -> list[_Chosen]:
+    """Return of each group the films nearest to its median probability."""
+    deciding = deciding_of(record)
+    cases = cases_of([[one] for one in record.scores], deciding.calibration)
+    groups: defaultdict[str, list[_Chosen]] = defaultdict(list)
+    for one, told in zip(record.scores, cases.probabilities.tolist(), strict=True):
+        group = _group(one, positive=told >= deciding.thresholds["balanced"])
+        groups[group].append(_Chosen(group, one.film, told))
+    chosen = []
+    for some in groups.values():
+        middle = float(np.median([one.probability for one in some]))
+        near = sorted(some, key=lambda one: (abs(one.probability - middle), one.film.path.name))
+        chosen += near[:_EACH]
+    return chosen
+
+
+def _group(one: FilmScore, *, positive: bool) -> str:
+    if not one.film.label:
+        return "false alarm" if positive else "cleared"
+    if not positive:
+        return "overlooked"
+    return "found" if one.localised is not None and one.localised.hit else "found elsewhere"
+
+
+def _seen(films: Sequence[Film], run: Path) -> Mapping[Path, _Seen]:
+    """Return what the networks saw of films."""
+    seen = {}
+    for fold in {film.split for film in films}:
+        own = run / f"fold-{fold}"
+        settings = read_settings(own / "run.json")
+        state = torch.load(own / "network.pt", weights_only=True)
+        network = fitted(state, settings.architecture)
+        runtime = load(network, settings.preprocessing, device="cpu")
+        for film in (film for film in films if film.split == fold):
+            with film.named():
+                luminance, given = read_film(film.path, film.frame, settings.preprocessing)
+            found = Inference.joined(runtime.infer(given.pixels[None]))
+            seen[film.path] = _Seen(luminance, given.box, found.maps[0])
+    return seen
+
+
+def _draw(axes: Axes, one: _Chosen, seen: _Seen) -> None:
+    """Draw a film under the positive part of its evidence, with its boxes."""
+    height, width = seen.luminance.shape
+    whole = (0, width, height, 0)
+    box = seen.box
+    axes.imshow(thumbnail(seen.luminance, box).pixels, cmap="gray", extent=whole)
+    heat = np.maximum(seen.evidence, 0)
+    reach = (box.left, box.right, box.bottom, box.top)
+    axes.imshow(heat, cmap="inferno", alpha=0.4, extent=reach, interpolation="bilinear")
+    for it in one.film.boxes:
+        corner = ((it.x - it.width / 2) * width, (it.y - it.height / 2) * height)
+        size = (it.width * width, it.height * height)
+        axes.add_patch(Rectangle(corner, *size, fill=False, ls="--", ec="cyan"))
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axes.set_title(f"{one.film.path.stem}: {one.probability:.2f}", fontsize=9)

@@ -1,0 +1,322 @@
+"""The analytical note: what was trained, how it did, what each part of the method bought.
+
+It is written from a folder of records alone (:class:`training.crossval.Record`):
+
+- ``generalist.json``: the method in full, over all folds;
+- ``specialists/*.json``: networks of some areas, held against it on the studies that both scored;
+- ``parts/*.json``: shorter trainings, each with a part of the method changed, held against
+  ``parts/base.json``;
+- ``data.json``: what ``data report --json`` said of the films.
+
+Pictures of films need the films and the networks; those that stand beside the note stay.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markdown_it import MarkdownIt
+
+from mura_batch.atomic import write_atomic
+from mura_batch.config import NOTICE
+from mura_batch.errors import Misconfigured
+from training.calibration import cross_fitted_rates
+from training.crossval import Fold, Record
+from training.evaluate import (
+    ALL_AREAS,
+    Evaluation,
+    FilmScore,
+    by_study,
+    cases_of,
+    evaluate,
+)
+from training.metrics import (
+    Cases,
+    Estimate,
+    auc_of,
+    calibration_error,
+    difference,
+    estimate,
+    resampled,
+    roc_auc,
+)
+from training.plots import STYLE, loss_curves, plots
+from training.publish import decided_by, deciding_of
+from training.sources.mura import PUBLISHED_IMAGES, PUBLISHED_STUDIES
+
+GENERALIST = "generalist.json"
+_BASE = "base"
+_TEMPLATE = "report.md.jinja"
+_CONVERTER = "weasyprint"  # HTML to PDF
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A method beside another, on the studies that both scored.
+
+    Attributes:
+        changed: how its settings differ, in words.
+        films: that it was trained on, in the mean over its folds; ``epochs`` and ``seconds`` too.
+        gain: how much higher its AUC is (paired).
+        hit: how often the peak of the evidence touches a box, of all films that have some.
+    """
+
+    name: str
+    area: str
+    changed: str
+    folds: int
+    films: int
+    epochs: int
+    seconds: int
+    studies: int
+    positive: int
+    auc: Estimate
+    gain: Estimate
+    hit: Estimate
+
+
+class _Calibrated(NamedTuple):
+    """The expected calibration error of the study level's probabilities."""
+
+    before: Estimate
+    after: Estimate
+    crossed: Estimate
+
+
+def write_note(records: Path, out: Path) -> list[Path]:
+    """Write ``REPORT.md``, ``REPORT.html`` and where a converter is installed ``REPORT.pdf``, with
+    their figures, into ``out``; return the files.
+
+    Raises:
+        Misconfigured: there is no ``generalist.json``, or a file is no record.
+    """
+    whole = Record.read(records / GENERALIST)
+    figures = out / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    cases = cases_of(by_study(whole.scores), deciding_of(whole).calibration)
+    _write(figures / "studies.svg", plots(cases))
+    losses = {f"fold {fold.name}": fold.losses for fold in whole.folds}
+    _write(figures / "losses.svg", loss_curves(losses))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # noqa: S701 - it writes Markdown
+    )
+    text = environment.get_template(_TEMPLATE).render(
+        notice=NOTICE,
+        record=whole,
+        evaluations=list(_evaluations(whole)),
+        all_areas=ALL_AREAS,
+        folds=list(_by_fold(whole)),
+        rates=cross_fitted_rates(cases),
+        calibrated=_calibrated(whole),
+        grid=whole.settings.preprocessing.size // 32,
+        specialists=list(_specialists(records, whole)),
+        parts=list(_parts(records, whole)),
+        data=_data(records / "data.json"),
+        mura=list(_mura()),
+        pictures=sorted(file.name for file in figures.glob("*.jpg")),
+    )
+    note = out / "REPORT.md"
+    _write(note, text)
+    page = _page(text)
+    _write(note.with_suffix(".html"), page)
+    return [note, note.with_suffix(".html"), *_pdf(note.with_suffix(".html"))]
+
+
+def _evaluations(record: Record) -> Iterator[Evaluation]:
+    """Yield the figures of each area and of all, at calibration and thresholds of all."""
+    deciding = deciding_of(record)
+    for area in (*sorted({one.film.area for one in record.scores}), ALL_AREAS):
+        own = [one for one in record.scores if area in (one.film.area, ALL_AREAS)]
+        yield from evaluate(own, deciding, area)
+
+
+def _by_fold(record: Record) -> Iterator[tuple[Fold, int, int, Estimate]]:
+    """Yield each fold with its studies, positive ones, and AUC."""
+    for fold in record.folds:
+        cases = cases_of(by_study(_of_folds(record.scores, {fold.name})), None)
+        yield fold, len(cases.labels), int(cases.labels.sum()), auc_of(cases)
+
+
+def _of_folds(scores: Sequence[FilmScore], names: set[str]) -> list[FilmScore]:
+    return [one for one in scores if one.film.split in names]
+
+
+def _calibrated(record: Record) -> _Calibrated:
+    """Measure the calibration: none, fitted on the same studies, and on the other folds'."""
+    exams = by_study(record.scores)
+    raw, fitted = (cases_of(exams, how) for how in (None, deciding_of(record).calibration))
+    crossed = raw.probabilities.copy()
+    fold_of = np.array([exam[0].film.split for exam in exams])
+    for fold in {*fold_of}:
+        others = [exam for exam in exams if exam[0].film.split != fold]
+        if others:
+            how = decided_by(others, "the other folds").calibration
+            crossed[fold_of == fold] = cases_of(exams, how).probabilities[fold_of == fold]
+    apart = Cases(raw.logits, crossed, raw.labels, raw.patients)
+    return _Calibrated(_ece(raw), _ece(fitted), _ece(apart))
+
+
+def _ece(cases: Cases) -> Estimate:
+    return estimate(
+        lambda w: calibration_error(cases.probabilities, cases.labels, w), cases.patients
+    )
+
+
+# ---- one method beside another
+
+
+def _specialists(records: Path, whole: Record) -> Iterator[Compared]:
+    """Yield each specialist on each of its areas, beside the generalist."""
+    for name, record in _records(records / "specialists"):
+        for area in record.areas:
+            yield from _compared(name, record, whole, area)
+
+
+def _parts(records: Path, whole: Record) -> Iterator[Compared]:
+    """Yield each shorter training beside the base, and the method in full."""
+    found = dict(_records(records / "parts"))
+    if not found:
+        return
+    if _BASE not in found:
+        raise Misconfigured(f"{records / 'parts'} holds no {_BASE}.json to compare with.")
+    base = found.pop(_BASE)
+    for name, record in ((_BASE, base), *found.items(), ("in full", whole)):
+        yield from _compared(name, record, base, ALL_AREAS)
+
+
+def _records(folder: Path) -> list[tuple[str, Record]]:
+    return [(file.stem, Record.read(file)) for file in sorted(folder.glob("*.json"))]
+
+
+def _compared(name: str, one: Record, other: Record, area: str) -> Iterator[Compared]:
+    """Yield how a method does beside another on an area, if both labels are there."""
+    both = {_key(score) for score in one.scores} & {_key(score) for score in other.scores}
+    mine, theirs = (
+        [
+            score
+            for score in sorted(record.scores, key=_key)
+            if _key(score) in both and area in (score.film.area, ALL_AREAS)
+        ]
+        for record in (one, other)
+    )
+    cases, others = (cases_of(by_study(scores), None) for scores in (mine, theirs))
+    if len({*cases.labels.tolist()}) != 2:  # noqa: PLR2004 - both labels
+        return
+    folds = one.folds
+    yield Compared(
+        name=name.replace("-", " "),
+        area=area,
+        changed=_changes(one, other),
+        folds=len(folds),
+        films=round(np.mean([fold.films for fold in folds])),
+        epochs=round(np.mean([len(fold.losses) for fold in folds])),
+        seconds=round(np.mean([fold.seconds for fold in folds])),
+        studies=len(cases.labels),
+        positive=int(cases.labels.sum()),
+        auc=auc_of(cases),
+        gain=difference(cases, others, roc_auc),
+        hit=_hit(mine),
+    )
+
+
+def _key(score: FilmScore) -> tuple[str, str, str]:
+    film = score.film
+    return film.study, film.area, film.path.name
+
+
+def _hit(scores: Sequence[FilmScore]) -> Estimate:
+    boxed = [one for one in scores if one.localised is not None]
+    if not boxed:
+        return Estimate(None, None, None)
+    hits = np.array([float(one.localised.hit) for one in boxed if one.localised is not None])
+    return resampled(hits, [one.film.patient for one in boxed], np.ones(len(boxed), bool))
+
+
+def _changes(one: Record, other: Record) -> str:
+    """Say how the settings differ: those of the first, then of the other in brackets."""
+    mine, theirs = _flat(one), _flat(other)
+    told = (f"{name} {mine[name]} ({theirs[name]})" for name in mine if mine[name] != theirs[name])
+    return "; ".join(told).replace("_", " ")
+
+
+def _flat(record: Record) -> dict[str, object]:
+    settings = asdict(record.settings)
+    spec, stages = settings.pop("preprocessing"), settings.pop("stages")
+    told = ", then ".join(_stage(stage) for stage in stages)
+    areas = "all areas" if len(record.areas) > 3 else " and ".join(record.areas)  # noqa: PLR2004
+    return {**settings, **spec, "stages": told, "start": record.start, "trained on": areas}
+
+
+def _stage(stage: Mapping[str, Any]) -> str:
+    what = "crops" if stage["crops"] else "films"
+    frozen = f", {stage['frozen']} blocks frozen" if stage["frozen"] else ""
+    return f"{stage['epochs']} × {what} of {stage['size']}{frozen}"
+
+
+# ---- data
+
+
+def _data(file: Path) -> dict[str, Any] | None:
+    """Return what a data report said, with one row an area over all splits."""
+    if not file.exists():
+        return None
+    try:
+        told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        rows: dict[str, list[int]] = {}
+        for count in told["counts"]:
+            own = rows.setdefault(count["area"], [0, 0, 0])
+            for place, name in enumerate(("studies", "positive", "images")):
+                own[place] += count[name]
+        across = [group for group in told["duplicates"] if group["across"]]
+        return {**told, "rows": sorted(rows.items()), "across": len(across)}
+    except (ValueError, KeyError, TypeError) as exc:
+        raise Misconfigured(f"{file} is no data report in JSON: {exc!r}") from exc
+
+
+def _mura() -> Iterator[tuple[str, tuple[int, int], int, tuple[int, int], int]]:
+    """Yield an area, studies without and with an abnormality and images, of train and valid."""
+    train, valid = (PUBLISHED_STUDIES[split] for split in ("train", "valid"))
+    images = PUBLISHED_IMAGES
+    for area, counts in train.items():
+        yield area, counts, images["train"][area], valid[area], images["valid"][area]
+
+
+# ---- files
+
+
+def _page(text: str) -> str:
+    body = MarkdownIt().enable("table").render(text)
+    head = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Training</title>'
+    return f"{head}\n{STYLE}\n{body}</html>\n"
+
+
+def _pdf(page: Path) -> Iterator[Path]:
+    """Yield the page as PDF where the converter is installed.
+
+    Raises:
+        Misconfigured: it fails.
+    """
+    if found := shutil.which(_CONVERTER):
+        target = page.with_suffix(".pdf")
+        done = subprocess.run(  # noqa: S603 - the page is our own
+            [found, str(page), str(target)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise Misconfigured(f"{_CONVERTER} cannot make {target}: {done.stderr.strip()[-200:]}")
+        yield target
+
+
+def _write(file: Path, text: str) -> None:
+    write_atomic(file, lambda stream: stream.write(text.encode()))
