@@ -12,6 +12,8 @@ MuraError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MuraError(Exception):
     """Root of every error that this package raises on purpose."""
@@ -52,3 +54,12 @@ class NoWeights(Misconfigured):
 
 class WeightsRefused(Misconfigured):
     """A checkpoint or stored weights file does not fit, or is not what its card says."""
+
+
+_MOST_TOLD = 5
+
+
+def told(problems: Sequence[str]) -> str:
+    """Return the first problems in words, and how many there are besides."""
+    more = len(problems) - _MOST_TOLD
+    return "; ".join(problems[:_MOST_TOLD]) + (f"; and {more} more" if more > 0 else "")

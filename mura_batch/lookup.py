@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
-from sqlalchemy import BindParameter, Connection, Row, bindparam, select
+from sqlalchemy import BindParameter, Connection, Row, and_, bindparam, or_, select
 from sqlalchemy.sql.selectable import TypedReturnsRows
 
 from mura_batch.area import Area
@@ -15,6 +15,7 @@ from mura_batch.errors import Misconfigured
 from mura_batch.records import Place, State, StoredFile, StoredReading, StoredStudy, Work
 from mura_batch.results import HEX
 from mura_batch.schema import files, readings, results, studies
+from mura_batch.study import Kind, masked
 
 _BOUND = 500  # values in one IN (…)
 _T = TypeVar("_T")
@@ -63,20 +64,28 @@ _KEYS = (
 
 
 def resolve(connection: Connection, study: str) -> str:
-    """Return the id that ``study`` is, or is the only beginning of.
+    """Return the id that ``study`` is or is the only beginning of, or whose folder in the inbox
+    or StudyInstanceUID it is.
 
     Raises:
         Misconfigured: no study or several.
     """
-    wanted = select(studies.c.id).where(studies.c.id >= study, studies.c.id < study + "g")
+    wanted = select(studies.c.id).order_by(studies.c.id).limit(4)
     found: list[str] = []
     if HEX.fullmatch(study):
-        found += connection.execute(wanted.order_by(studies.c.id).limit(4)).scalars()
+        begins = studies.c.id >= study, studies.c.id < study + "g"
+        found += connection.execute(wanted.where(*begins)).scalars()
+    if not found:
+        folder = and_(studies.c.kind == Kind.FOLDER, studies.c.key == masked(study.strip("/")))
+        named = or_(folder, studies.c.study_uid == study)
+        found += connection.execute(wanted.where(named)).scalars()
     if study in found or len(found) == 1:
         return study if study in found else found[0]
     if not found:
         raise Misconfigured(f"No study {study!r}: see `mura-batch query`.")
-    raise Misconfigured(f"{study!r} begins several studies ({', '.join(found)}): give more of it.")
+    raise Misconfigured(
+        f"{study!r} means several studies ({', '.join(found)}): give more of the id."
+    )
 
 
 def chunks(ids: Sequence[_T]) -> Iterator[Sequence[_T]]:

@@ -30,7 +30,7 @@ from sqlalchemy.engine import Engine
 
 from mura_batch.area import Area
 from mura_batch.engine import EngineReader, driver_values, open_engine, reading, writing
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, told
 from mura_batch.intake import Intake, Ledger
 from mura_batch.lookup import AMONG, among, chunks, resolve, stored_studies
 from mura_batch.records import (
@@ -177,7 +177,7 @@ class Store(Results):
     # ---- studies by their ids
 
     def resolve(self, study: str) -> str:
-        """Return the id that ``study`` is, or is the only beginning of.
+        """Return the id of the study that ``study`` names, see :func:`lookup.resolve`.
 
         Raises:
             Misconfigured: no study or several.
@@ -345,7 +345,7 @@ class Store(Results):
         """Store labels, all or none; a later one of the same study and area replaces the earlier.
 
         Raises:
-            Misconfigured: naming every study that is unknown or ambiguous.
+            Misconfigured: naming the first studies that are unknown or ambiguous.
         """
         problems = []
         count = 0
@@ -357,7 +357,7 @@ class Store(Results):
                 except Misconfigured as exc:
                     problems.append(str(exc))
             if problems:
-                raise Misconfigured("No label was stored. " + " ".join(problems))
+                raise Misconfigured(f"No label was stored: {told(problems)}")
         return count
 
     def _known_files(self) -> Ledger:

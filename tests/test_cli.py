@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from ledger import damage
+from pydicom import dcmread
 from site_home import PROGRAM, SAMPLES, Home, film, make_home
 
 from mura_batch.area import Area
@@ -228,6 +230,22 @@ def test_labels_are_kept(home: Home, tmp_path: Path) -> None:
         ("positive", ""),
         ("negative", "XR_WRIST"),
     }
+
+
+def test_a_study_is_labelled_by_its_folder_or_its_uid(home: Home, tmp_path: Path) -> None:
+    """As people's own tables name it: MURA's folders carry the truth, which is not stored."""
+    home.inbox.mkdir(exist_ok=True)
+    shutil.copytree(SAMPLES / "DICOM", home.inbox / "XR_WRIST/uid")
+    assert home.command("watch", "--once").returncode == 3
+    table = tmp_path / "truth.csv"
+    uids = {str(dcmread(file).StudyInstanceUID) for file in (SAMPLES / "DICOM").iterdir()}
+    named = ["XR_WRIST/patient00011/study1_positive/", *uids]
+    table.write_text("study,label\n" + "".join(f"{name},positive\n" for name in named))
+    done = home.command("label", "import", str(table))
+    assert done.returncode == 0, done.stderr
+    assert f"{len(named)} labels stored" in done.stderr
+    told = home.command("label", "set", "XR_WRIST/patient00012", "positive")
+    assert "No study" in told.stderr
 
 
 def test_all_that_is_wrong_with_labels_is_told_at_once(home: Home, tmp_path: Path) -> None:

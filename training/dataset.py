@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mura_batch.errors import Misconfigured, Rejected, Transient
-
-_MOST_TOLD = 5
+from mura_batch.errors import Misconfigured, Rejected, Transient, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +134,8 @@ class Dataset:
         Raises:
             Misconfigured: naming its first problems, or that it has no films.
         """
-        problems = list(self.all_problems())
-        if problems:
-            told = "; ".join(f"{one.where}: {one.what}" for one in problems[:_MOST_TOLD])
-            more = len(problems) - _MOST_TOLD
-            raise Misconfigured(told + (f"; and {more} more" if more > 0 else ""))
+        if problems := [f"{one.where}: {one.what}" for one in self.all_problems()]:
+            raise Misconfigured(told(problems))
         if not self.films:
             raise Misconfigured("There are no films in this data.")
         return self

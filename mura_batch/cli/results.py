@@ -15,7 +15,7 @@ import click
 
 from mura_batch import cli
 from mura_batch.area import Area
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, told
 
 if TYPE_CHECKING:
     from mura_batch.records import Filters, ImageRow, LabelRow, StudyRow
@@ -308,6 +308,8 @@ def label_set(ctx: click.Context, study: str, value: str, area: str | None) -> N
 def label_import(ctx: click.Context, file: Path) -> None:
     """Import labels from a CSV with the columns study, label and, if wanted, area.
 
+    A study is named by its id, its folder in the inbox, or its StudyInstanceUID.
+
     \b
     mura-batch label import truth.csv
     """
@@ -329,7 +331,7 @@ def _store_labels(ctx: click.Context, rows: Sequence[dict[str, str]]) -> None:
         except ValueError as exc:
             problems.append(f"line {number} {exc}")
     if problems:
-        raise Misconfigured(f"No label was stored: {'; '.join(problems)}.")
+        raise Misconfigured(f"No label was stored: {told(problems)}.")
     with Store.open(cli.settings(ctx).database_url) as store:
         count = store.set_labels(truth)
     click.echo(f"{count} labels stored", err=True)

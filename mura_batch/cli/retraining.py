@@ -82,7 +82,9 @@ def retrain(
     except (MemoryError, RuntimeError) as exc:
         if isinstance(exc, RuntimeError) and "memory" not in str(exc):
             raise
-        raise Transient(f"training ran out of memory ({_first_line(exc)}): give --memory") from exc
+        raise Transient(
+            f"training ran out of memory: allow more with --memory ({_first_line(exc)})"
+        ) from exc
     click.echo(f"the run is kept in {done.run}", err=True)
     on = done.card.metrics["study_auc"].on
     click.echo(f"{area}: {done.card.short}, study AUC {done.new.words()} on {on}")
