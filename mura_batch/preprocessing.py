@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Crop = Literal["none", "foreground"]
 Fit = Literal["squash", "pad"]
+Decode = Literal["full", "reduced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +27,11 @@ class Preprocessing:
     """
 
     size: int = 224
-    crop: Literal["none", "foreground"] = "none"
+    crop: Crop = "none"
     fit: Fit = "squash"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    decode: Literal["full", "reduced"] = "full"
+    decode: Decode = "full"
 
     @property
     def enough(self) -> int | None:

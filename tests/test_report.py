@@ -16,7 +16,9 @@ from mura_batch.errors import Misconfigured
 from training.crossval import Record, cross_validate
 from training.data_report import survey
 from training.dataset import Region
+from training.pictures import draw
 from training.report import write_note
+from training.run_folder import write_json
 from training.settings import FitSettings, Stage
 from training.sources import fracatlas
 
@@ -96,7 +98,7 @@ def test_the_same_records_make_the_same_note(made: Path, tmp_path: Path) -> None
 
 
 def test_records_that_are_missing_or_damaged_are_named(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(Misconfigured, match=r"generalist\.json is no record"):
+    with pytest.raises(Misconfigured, match=r"generalist\.json is not there"):
         write_note(tmp_path, tmp_path / "out")
     records = tmp_path / "records"
     shutil.copytree(made / "records", records)
@@ -109,6 +111,16 @@ def test_records_that_are_missing_or_damaged_are_named(made: Path, tmp_path: Pat
     shutil.copy(made / "records/parts/no-first-phase.json", records / "parts/base.json")
     (records / "data.json").write_text("[]")
     with pytest.raises(Misconfigured, match=r"data\.json is no data report"):
+        write_note(records, tmp_path / "out")
+    whole = Record.read(records / "generalist.json")
+    lost = tuple(
+        replace(one, film=replace(one.film, study=f"x{one.film.study}")) for one in whole.scores
+    )
+    with pytest.raises(Misconfigured, match="no film IMG"):
+        draw(replace(whole, scores=lost), fracatlas.read(made / "atlas").films, tmp_path, tmp_path)
+    negative = tuple(one for one in whole.scores if not one.film.label)
+    write_json(replace(whole, scores=negative).to_json(), records / "generalist.json")
+    with pytest.raises(Misconfigured, match="one label only"):
         write_note(records, tmp_path / "out")
 
 

@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tiny_atlas import TINY, write_atlas
 
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, Transient
+from training.fit import LossIsNoNumber
 from training.folds import folded
 from training.run_folder import read_settings
 from training.search import search
@@ -67,11 +69,14 @@ def test_a_search_killed_in_a_trial_goes_on_with_it(atlas: Path, tmp_path: Path)
     here = Path(__file__).parent
     command = [sys.executable, tmp_path / "search_it.py", atlas, run]
     env = {"PYTHONPATH": f"{here}:{here.parent}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, "1"], env=env) as child:
+    with subprocess.Popen([*command, "2"], env=env) as child:
         while child.poll() is None and not list(run.glob("trials/*/0/state.pt")):
             time.sleep(0.01)
+        workers = psutil.Process(child.pid).children(recursive=True)
         child.kill()
-    (cut,) = trials(run)
+    psutil.wait_procs(workers, timeout=20)
+    assert not any(worker.is_running() for worker in workers)
+    cut = trials(run)[0]
     assert cut.state is TrialState.RUNNING
     subprocess.run([*command, "2"], env=env, check=True)
     first, *others = trials(run)
@@ -79,6 +84,34 @@ def test_a_search_killed_in_a_trial_goes_on_with_it(atlas: Path, tmp_path: Path)
     assert cut.params in [trial.params for trial in others]
     assert sum(t.state in {TrialState.COMPLETE, TrialState.PRUNED} for t in others) >= 2
     assert not list(run.glob("trials/*/*/network.pt"))
+
+
+def test_what_an_error_cut_off_is_tried_again_and_what_goes_off_is_not(
+    atlas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise Transient("the disk is full")
+
+    data = read(atlas)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.search.fit", fails)
+        with pytest.raises(Transient, match="disk"):
+            search(data, tmp_path / "run", SMALL, trials=1, folds=2)
+    assert search(data, tmp_path / "run", SMALL, trials=1, folds=2).settings == SMALL
+    search(data, tmp_path / "run", SMALL, trials=3, folds=2)
+    drawn = [str(t.params) for t in trials(tmp_path / "run") if t.state is not TrialState.FAIL]
+    assert len(set(drawn)) == len(drawn) == 3
+
+    def goes_off(*_: object, **__: object) -> None:
+        raise LossIsNoNumber("nan")
+
+    monkeypatch.setattr("training.search.fit", goes_off)
+    with pytest.raises(Misconfigured, match="no number in 5 trials"):
+        search(data, tmp_path / "off", SMALL, trials=1, folds=2)
+    journal = tmp_path / "run/journal.log"
+    journal.write_text(journal.read_text()[:-20])
+    with pytest.raises(Misconfigured, match="journal.log is damaged"):
+        search(data, tmp_path / "run", SMALL, trials=9, folds=2)
 
 
 def test_folds_share_no_patient_and_miss_none(atlas: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from training.optimisation import parameter_groups
 from training.prepared import Prepared
 from training.publish import publish_bundled
 from training.run_folder import alone_in, write_json
-from training.settings import FitSettings, Stage
+from training.settings import TRUNK, FitSettings, Stage
 from training.sources import fracatlas, read
 from training.start import settings_for, state_of
 
@@ -87,20 +88,38 @@ def test_a_cut_off_run_goes_on_to_the_same_network(
         fit(data, tmp_path / "cut", replace(TINY, rate=1.0), held_out=["0"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cut_off_run_goes_on_to_nearly_the_same_network_on_a_gpu(
+    atlas: Path, tmp_path: Path
+) -> None:
+    data = fracatlas.read(atlas)
+    named = {"held_out": ["0"], "device": "cuda:0", "workers": 0}
+    fit(data, tmp_path / "whole", TINY, **named)
+    fit(data, tmp_path / "cut", TINY, **named, stop_after=2)
+    fit(data, tmp_path / "cut", TINY, **named)
+    one, other = (score_run(tmp_path / name, data.films, "cuda:0") for name in ("whole", "cut"))
+    apart = [abs(a.logit - b.logit) for a, b in zip(one, other, strict=True)]
+    assert max(apart) < 0.05
+
+
 def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
     atlas: Path, whole: Path, tmp_path: Path
 ) -> None:
     data = fracatlas.read(atlas)
     unseen = [film for film in data.films if film.split == "0"]
     scores = tuple(score_run(whole, unseen))
-    record = Record(TINY, "nothing", data.target, (), scores)
+    record = Record(TINY, "nothing", data.target, ("XR_HAND",), (), scores)
     write_json(record.to_json(), tmp_path / "record.json")
     kept = Record.read(tmp_path / "record.json")
     assert kept.settings == TINY
     assert [one.logit for one in kept.scores] == [one.logit for one in scores]
     assert [one.film.study for one in kept.scores] == [film.study for film in unseen]
 
-    file = publish_bundled(data.films, kept, whole, tmp_path / "bundle")
+    every = tmp_path / "every"
+    fit(data, every, TINY, workers=0)
+    with pytest.raises(Misconfigured, match="without some folds"):
+        publish_bundled(data.films, kept, whole, tmp_path / "bundle")
+    file = publish_bundled(data.films, kept, every, tmp_path / "bundle")
     for area in Area:
         card = read_card(tmp_path / "bundle/cards" / f"{area}.json")
         assert card.area is area
@@ -110,7 +129,12 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
     assert f"AUC {hand.metrics['study_auc'].value:.3f}" in next(iter(study_figures(kept)))
     assert hand.metrics["study_auc"].on.startswith("5 studies")
     with pytest.raises(Misconfigured, match="other settings"):
-        publish_bundled(data.films, replace(kept, settings=FitSettings()), whole, tmp_path / "b")
+        publish_bundled(data.films, replace(kept, settings=FitSettings()), every, tmp_path / "b")
+    before = {path: path.read_bytes() for path in (tmp_path / "bundle").rglob("*.*")}
+    one_label = tuple(one for one in scores if not one.film.label)
+    with pytest.raises(Misconfigured, match="one label only"):
+        publish_bundled(data.films, replace(kept, scores=one_label), every, tmp_path / "bundle")
+    assert {path: path.read_bytes() for path in (tmp_path / "bundle").rglob("*.*")} == before
     (tmp_path / "record.json").write_text("{}")
     with pytest.raises(Misconfigured, match="no record"):
         Record.read(tmp_path / "record.json")
@@ -186,6 +210,7 @@ def test_a_hybrid_is_trained_scored_and_begun_with(atlas: Path, tmp_path: Path) 
     hybrid = replace(
         TINY, architecture="densenet121-transformer", head_epochs=1, stages=(Stage(64, 1),)
     )
+    torch.manual_seed(4)
     trunk = EvidenceNet().state_dict()
     data = fracatlas.read(atlas)
     fit(data, tmp_path / "run", hybrid, held_out=["0"], start=trunk, workers=0)
@@ -318,7 +343,7 @@ def test_a_film_that_cannot_be_read_is_named_and_leaves_no_run(tmp_path: Path) -
     tiny = replace(TINY, patience=None, batch=2)
     with pytest.raises(Misconfigured, match=r"manifest\.csv:4: 2\.png: the image is cut off"):
         fit(read(file), tmp_path / "run", tiny)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run/run.json").exists()
     with pytest.raises(Misconfigured, match="No film is in the split vaild; splits: 0"):
         fit(read(file), tmp_path / "run", tiny, held_out=["vaild"])
     with pytest.raises(Misconfigured, match="less than a batch of 16"):
@@ -331,12 +356,22 @@ def test_a_damaged_run_folder_says_what_to_do(atlas: Path, whole: Path, tmp_path
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "network.pt").unlink()
-    (run / "state.pt").write_bytes(b"PK damaged")
-    with pytest.raises(Misconfigured, match=r"state\.pt is damaged: remove it"):
-        fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
+    for content in (b"PK damaged", b"", pickled({"history": []}), pickled([1])):
+        (run / "state.pt").write_bytes(content)
+        with pytest.raises(Misconfigured, match=r"state\.pt .* remove .* to begin"):
+            fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
     (run / "run.json").write_text("{}")
     with pytest.raises(Misconfigured, match=r"run\.json is damaged"):
         fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
+    (run / "run.json").unlink()
+    with pytest.raises(Misconfigured, match=r"without run\.json"):
+        fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
+
+
+def pickled(state: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
 
 
 def test_what_a_network_starts_with(whole: Path, tmp_path: Path) -> None:
@@ -345,6 +380,12 @@ def test_what_a_network_starts_with(whole: Path, tmp_path: Path) -> None:
     assert settings_for("bundled").preprocessing == bundled_card(Area.XR_HAND).preprocessing
     assert settings_for("imagenet").preprocessing == Preprocessing()
     assert settings_for(str(whole / "network.pt")).preprocessing == TINY.preprocessing
+    hybrid = replace(TRUNK, architecture="densenet121-transformer")
+    write_json({"settings": asdict(hybrid)}, tmp_path / "run.json")
+    assert settings_for(str(tmp_path / "network.pt")).architecture == hybrid.architecture
+    for name in ("", "."):
+        with pytest.raises(Misconfigured, match="takes nothing, imagenet"):
+            settings_for(name)
     bundled = state_of("bundled")
     assert bundled is not None
     torch.save(bundled, tmp_path / "network.pt")

@@ -159,6 +159,21 @@ def write_manifest(folder: Path, *changes: dict[str, str]) -> Path:
     return file
 
 
+def test_a_study_and_a_film_are_of_one_patient(tmp_path: Path) -> None:
+    """Else studies of one name would be scored as one, and a film stand on both sides."""
+    data = read(write_manifest(tmp_path, {"study": "study1"}, {}, {"study": "study1"}))
+    with pytest.raises(Misconfigured, match=r"csv:4: study study1 \(XR_HAND\) has the patients"):
+        data.checked()
+    other = {"image": "0.png", "area": "XR_WRIST", "study": "t"}
+    data = read(write_manifest(tmp_path, {}, {}, {}, other))
+    with pytest.raises(Misconfigured, match=r"0\.png frame 0 has the patients p0 and p3"):
+        data.checked()
+    file = tmp_path / "manifest.csv"
+    file.write_text(file.read_text().replace("weight", "label", 1))
+    with pytest.raises(Misconfigured, match="columns label twice"):
+        read(file)
+
+
 def test_a_manifest_in_csv_and_parquet_is_the_same(tmp_path: Path) -> None:
     file = write_manifest(tmp_path, {"hardware": "1"})
     data = read(file).checked()

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured
-from mura_batch.runtime import load
+from mura_batch.runtime import Runtime, load
 from mura_batch.weights import fitted
 from training.dataset import Dataset, Film
-from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, score_films
+from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, read_all, score_films
 from training.fit import fit
 from training.localisation import Localised
 from training.metrics import auc_of
-from training.run_folder import read_settings, write_json
+from training.run_folder import read_settings, read_state, write_json
 from training.settings import FitSettings, settings_of
 
 
@@ -95,8 +94,14 @@ class Record:
                 tuple(Fold(**{**fold, "losses": tuple(fold["losses"])}) for fold in told["folds"]),
                 tuple(map(_score, told["scores"])),
             )
+        except FileNotFoundError as exc:
+            raise Misconfigured(f"{file} is not there: `cross-validate` writes it.") from exc
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise Misconfigured(f"{file} is no record of a cross-validation: {exc!r}") from exc
+
+    def has_both_labels(self) -> bool:
+        """Say whether there are studies with and without the target."""
+        return {max(one.film.label for one in exam) for exam in by_study(self.scores)} == {0, 1}
 
 
 def _row(score: FilmScore) -> list[Any]:
@@ -104,6 +109,7 @@ def _row(score: FilmScore) -> list[Any]:
     found = None if where is None else [round(float(v), 4) for v in asdict(where).values()]
     return [
         film.path.name,
+        film.frame,
         film.study,
         film.patient,
         film.area,
@@ -116,11 +122,11 @@ def _row(score: FilmScore) -> list[Any]:
 
 
 def _score(row: Sequence[Any]) -> FilmScore:
-    name, study, patient, area, split, label, hardware, logit, found = row
+    name, frame, study, patient, area, split, label, hardware, logit, found = row
     told = None if hardware is None else bool(hardware)
-    film = Film(Path(name), study, patient, area, label, split=split, hardware=told)
+    film = Film(Path(name), study, patient, area, label, frame, split, hardware=told)
     where = None if found is None else Localised(bool(found[0]), *found[1:])
-    return FilmScore(film, logit, where)
+    return FilmScore(film, float(logit), where)
 
 
 def cross_validate(
@@ -137,23 +143,44 @@ def cross_validate(
 ) -> Record:
     """Train without each fold and score it; write ``run/record.json`` after each.
 
-    Films of other ``areas`` are trained on, not scored. A run that was cut off goes on.
+    Films of other ``areas`` are trained on, not scored. A run that was cut off goes on; folds that
+    the record has already stay in it.
 
     Raises:
-        Misconfigured: there is no such fold, and as for :func:`training.fit.fit`.
+        Misconfigured: a fold has no films of the areas or one cannot be read, and as for
+            :func:`training.fit.fit`.
     """
     data.has_splits(folds)
-    done: list[Fold] = []
-    scores: list[FilmScore] = []
-    for name in folds:
+    films_of = {
+        name: [film for film in data.films if film.split == name and film.area in areas]
+        for name in dict.fromkeys(folds)
+    }
+    if empty := [name for name, films in films_of.items() if not films]:
+        raise Misconfigured(f"No film of these areas is in the fold {empty[0]!r}.")
+    first, *_ = films_of.values()  # those of the others are read before the first is scored
+    read_all(first, settings.preprocessing)
+    record = Record(settings, begins, data.target, tuple(areas), (), ())
+    for name, films in films_of.items():
         own = run / f"fold-{name}"
         fit(data, own, settings, held_out=[name], start=start, device=device, workers=workers)
-        films = [f for f in data.films if f.split == name and f.area in areas]
-        scores += score_run(own, films, device)
-        done.append(_fold(name, own))
-        record = Record(settings, begins, data.target, tuple(areas), tuple(done), tuple(scores))
+        scores = score_run(own, films, device)
+        record = _joined(run / "record.json", record, _fold(name, own), scores)
         write_json(record.to_json(), run / "record.json", indent=None)
     return record
+
+
+def _joined(file: Path, empty: Record, fold: Fold, scores: Sequence[FilmScore]) -> Record:
+    """Return the record in a file with one fold anew; of another method's, this fold alone."""
+    before = Record.read(file) if file.exists() else empty
+    if replace(before, folds=(), scores=()) != replace(empty, folds=(), scores=()):
+        before = empty
+    folds = [one for one in before.folds if one.name != fold.name]
+    kept = [one for one in before.scores if one.film.split != fold.name]
+    return replace(
+        empty,
+        folds=tuple(sorted([*folds, fold], key=lambda one: one.name)),
+        scores=tuple(sorted([*kept, *scores], key=lambda one: one.film.split)),
+    )
 
 
 def score_run(run: Path, films: Sequence[Film], device: str = "cpu") -> list[FilmScore]:
@@ -163,23 +190,35 @@ def score_run(run: Path, films: Sequence[Film], device: str = "cpu") -> list[Fil
         Misconfigured: a film cannot be read.
     """
     settings = read_settings(run / "run.json")
-    state = torch.load(run / "network.pt", weights_only=True)
-    runtime = load(fitted(state, settings.architecture), settings.preprocessing, device=device)
-    return score_films(runtime, films, settings.preprocessing)
+    return score_films(load_run(run, device), films, settings.preprocessing)
+
+
+def load_run(run: Path, device: str = "cpu") -> Runtime:
+    """Return the network of a run, ready to score.
+
+    Raises:
+        Misconfigured: its files are damaged.
+    """
+    settings = read_settings(run / "run.json")
+    network = fitted(read_state(run / "network.pt"), settings.architecture)
+    return load(network, settings.preprocessing, device=device)
 
 
 def _fold(name: str, run: Path) -> Fold:
-    made_of = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
-    return Fold(
-        name=name,
-        films=made_of["films"],
-        data=made_of["data"],
-        seconds=outcome["seconds"],
-        losses=tuple(outcome["losses"]),
-        versions=made_of["versions"],
-        threads=made_of["threads"],
-    )
+    try:
+        made_of = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+        return Fold(
+            name=name,
+            films=made_of["films"],
+            data=made_of["data"],
+            seconds=outcome["seconds"],
+            losses=tuple(outcome["losses"]),
+            versions=made_of["versions"],
+            threads=made_of["threads"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise Misconfigured(f"{run} is damaged ({exc!r}): remove it to begin again.") from exc
 
 
 def study_figures(record: Record) -> Iterator[str]:

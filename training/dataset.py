@@ -122,6 +122,10 @@ class Dataset:
             yield from _contradictions(labels, "labels")
         splits = ((f"patient {f.patient}", f.split or "none", f) for f in self.films)
         yield from _contradictions(splits, "splits")
+        whose = ((f"study {f.study} ({f.area})", f.patient, f) for f in self.films)
+        yield from _contradictions(whose, "patients")
+        shown = ((f"{f.path} frame {f.frame}", f.patient, f) for f in self.films)
+        yield from _contradictions(shown, "patients")
         seen: dict[tuple[Path, int, str], Film] = {}
         for film in self.films:
             first = seen.setdefault((film.path, film.frame, film.area), film)

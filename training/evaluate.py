@@ -146,7 +146,7 @@ def score_films(runtime: Runtime, films: Sequence[Film], spec: Preprocessing) ->
     """Score films as the product does.
 
     Raises:
-        Misconfigured: a film cannot be read.
+        Misconfigured: a film cannot be read, or the network gives no number for it.
     """
     scores: list[FilmScore] = []
     for start in tqdm(range(0, len(films), _BATCH), desc="scoring", disable=None):
@@ -156,10 +156,22 @@ def score_films(runtime: Runtime, films: Sequence[Film], spec: Preprocessing) ->
         for film, (luminance, seen), logit, evidence in zip(
             some, read, found.logits, found.maps, strict=True
         ):
+            if not np.isfinite(logit):
+                raise Misconfigured(f"{film.where}: {film.name}: these weights say {logit} of it.")
             size = (luminance.shape[0], luminance.shape[1])
             where = localise(evidence, film.boxes, seen.box, size) if film.boxes else None
             scores.append(FilmScore(film, float(logit), where))
     return scores
+
+
+def read_all(films: Sequence[Film], spec: Preprocessing) -> None:
+    """Read films that are scored after hours, to know now that they can be read.
+
+    Raises:
+        Misconfigured: one cannot.
+    """
+    for film in tqdm(films, desc="reading", disable=None):
+        _read(film, spec)
 
 
 def _read(film: Film, spec: Preprocessing) -> tuple[Luminance, NetworkInput]:

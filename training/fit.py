@@ -3,14 +3,14 @@
 A run folder holds all that repeats a run and all that resumes it: ``run.json`` (settings, data
 digest, versions), ``state.pt`` (after each epoch), ``best.pt``, ``log.csv``, TensorBoard's events,
 and at the end ``outcome.json`` (seconds, losses) and ``network.pt``; prepared films are kept in
-``films`` beside it. A run that was cut off goes on after its last whole epoch, on a CPU with as
-many threads to the same network bit by bit.
+``films`` beside it. A run that was cut off goes on after its last whole epoch: on a CPU with as
+many threads to the same network bit by bit, on a GPU, whose kernels add in any order, to logits
+within 0.05 of it (a short run on few films; longer ones drift further).
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,13 +32,21 @@ from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.torch_runtime import find_device
 from training.dataset import Dataset, Film
 from training.folds import fold_numbers
-from training.loader import CELL, Draw, Drawn
+from training.loader import Draw, Drawn
 from training.metrics import roc_auc
 from training.objectives import film_weights, outside, regions_and_views, unsteady
 from training.optimisation import parameter_groups, warm_cosine
 from training.prepared import Prepared, prepared
-from training.run_folder import alone_in, describe, save, state_digest, write_json, write_log
-from training.settings import FitSettings, Phase, Stage
+from training.run_folder import (
+    alone_in,
+    describe,
+    read_state,
+    save,
+    state_digest,
+    write_json,
+    write_log,
+)
+from training.settings import CELL, FitSettings, Phase, Stage
 
 _FEATURES = 1024  # channels of DenseNet-121's last map
 _LOOK = 100  # steps between two looks at the loss
@@ -72,15 +81,18 @@ def fit(
     """
     device = find_device(device)
     sides = divide(data.checked().has_splits(held_out).films, held_out, settings)
-    inputs = _prepare(sides, settings.preprocessing, cache or run.parent / "films", workers)
     torch.use_deterministic_algorithms(device == "cpu")
     torch.manual_seed(settings.seed)
     network = network_of(settings.architecture)
     _begin_with(network, start or {})
     told = {"held_out": sorted(held_out), "start": state_digest(network.state_dict())}
     with alone_in(run):
-        describe(run, settings, sides.train, sides.aside, told)
+        if (run / "run.json").exists():  # another run is told of before hours of reading
+            describe(run, settings, sides.train, sides.aside, told)
         if not (run / "network.pt").exists():
+            films = cache or run.parent / "films"
+            inputs = _prepare(sides, settings.preprocessing, films, workers)
+            describe(run, settings, sides.train, sides.aside, told)
             trainer = _Trainer(
                 network.to(device), settings, sides, inputs, run=run, workers=workers
             )
@@ -122,14 +134,22 @@ def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettin
         Misconfigured: one of them would have one label only, or no batch of films.
     """
     kept = np.array([film for film in films if film.split not in held_out], object)
-    labels = np.array([film.label for film in kept], int)
     aside = np.zeros(len(kept), bool)
     if settings.patience is not None:
         parts = max(2, round(1 / settings.aside))
-        aside = fold_numbers(kept.tolist(), parts, settings.seed) == 0
-    for side, purpose in ((~aside, "train on"), (aside, "choose the epoch by")):
-        if (side.any() or purpose == "train on") and set(labels[side]) != {0, 1}:
-            raise Misconfigured(f"The films to {purpose} do not have both labels: give more films.")
+        try:
+            aside = fold_numbers(kept.tolist(), parts, settings.seed) == 0
+        except Misconfigured as exc:
+            raise Misconfigured(
+                f"No part of the films can choose the epoch: {exc} Or keep nobody aside (patience"
+                " 0)."
+            ) from exc
+        if set(_by_study(kept[aside], [f.label for f in kept[aside]]).labels) != {0, 1}:
+            raise Misconfigured(
+                "The studies to choose the epoch by do not have both labels: give more films."
+            )
+    if {film.label for film in kept[~aside]} != {0, 1}:
+        raise Misconfigured("The films to train on do not have both labels: give more films.")
     if (~aside).sum() < settings.batch:
         raise Misconfigured(
             f"{(~aside).sum()} films to train on are less than a batch of {settings.batch}: give"
@@ -193,8 +213,8 @@ class _Trainer:
                 for name, value in told.items():
                     board.add_scalar(name, value, len(self._history))
         if self._ended():
-            best = self._run / "best.pt"
-            state = torch.load(best, weights_only=True) if self._aside else self._state()
+            state = read_state(self._run / "best.pt") if self._aside else self._state()
+            _finite(self._loss_at_the_end(), "the end")
             losses = [round(told["loss"], 5) for told in self._history]
             outcome = {"seconds": round(self._seconds), "losses": losses}
             write_json(outcome, self._run / "outcome.json")
@@ -235,6 +255,15 @@ class _Trainer:
         write_log(self._run / "log.csv", self._history)
         save(self._everything(), self._run / "state.pt")
         return told
+
+    @torch.inference_mode()
+    def _loss_at_the_end(self) -> float:
+        """Return the average network's loss on a batch: no step shows what the last one did."""
+        some = [self._drawn[number] for number in range(self._settings.batch)]
+        films = torch.stack([draw.film for draw in some])
+        logits = self._average.module.eval()(self._input(films)).logit.float().cpu()
+        labels = torch.stack([draw.label for draw in some])
+        return float(functional.binary_cross_entropy_with_logits(logits, labels))
 
     def _begin(self, phase: Phase) -> None:
         """Make the phase's optimiser and schedule."""
@@ -322,8 +351,10 @@ class _Trainer:
         """Return the films of an epoch in the order in which they are drawn."""
         chosen = np.arange(len(self._labels))
         if self._settings.imbalance == "balanced":
-            sides = (np.flatnonzero(self._labels == label) for label in (0, 1))
-            chosen = np.concatenate([rng.choice(side, len(chosen) // 2) for side in sides])
+            half = len(chosen) // 2
+            sides = zip((half, len(chosen) - half), (0, 1), strict=True)
+            drawn = (rng.choice(np.flatnonzero(self._labels == it), count) for count, it in sides)
+            chosen = np.concatenate(list(drawn))
         order: list[int] = rng.permutation(chosen).tolist()
         return order
 
@@ -346,6 +377,7 @@ class _Trainer:
             films = torch.from_numpy(np.array(pixels[start : start + self._settings.batch]))
             with self._autocast():
                 logits += network(self._input(films)).logit.float().tolist()
+        _finite(sum(logits), "what is measured aside")
         return study_auc(self._aside, logits)
 
     def _state(self) -> dict[str, Tensor]:
@@ -370,10 +402,9 @@ class _Trainer:
         file = self._run / "state.pt"
         if not file.exists():
             return
-        try:
-            state = torch.load(file, weights_only=True, map_location=self._device)
-        except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as exc:
-            raise Misconfigured(f"{file} is damaged: remove it to begin this run again.") from exc
+        state = read_state(file, self._device)
+        if set(state) != set(self._everything()):
+            raise Misconfigured(f"{file} is no state of a run: remove it to begin this run again.")
         self._network.load_state_dict(state["network"])
         self._average.load_state_dict(state["average"])
         self._begin(state["phase"])
@@ -388,16 +419,26 @@ class _Trainer:
 def _finite(loss: float, name: str) -> None:
     if not math.isfinite(loss):
         raise LossIsNoNumber(
-            f"The loss is {loss} in {name}: try a smaller rate, or precision f32. Nothing was"
+            f"The loss is {loss} in {name}: try a smaller rate, or precision f32. No weights were"
             " replaced."
         )
 
 
 def study_auc(films: Sequence[Film], logits: Sequence[float]) -> float:
     """Return the area under the ROC curve of studies by their films' mean logit."""
+    studies = _by_study(films, logits)
+    return float(roc_auc(studies.means, studies.labels, np.ones((1, len(studies.labels))))[0])
+
+
+class _Studies(NamedTuple):
+    means: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+
+def _by_study(films: Sequence[Film], logits: Sequence[float]) -> _Studies:
     groups: dict[tuple[str, str], list[int]] = {}
     for number, film in enumerate(films):
         groups.setdefault((film.study, film.area), []).append(number)
-    means = np.array([np.mean([logits[n] for n in members]) for members in groups.values()])
-    labels = np.array([max(films[n].label for n in members) for members in groups.values()])
-    return float(roc_auc(means, labels, np.ones((1, len(labels))))[0])
+    means = [np.mean([logits[n] for n in members]) for members in groups.values()]
+    labels = [max(films[n].label for n in members) for members in groups.values()]
+    return _Studies(np.array(means), np.array(labels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,7 @@ AREA = click.Choice(tuple(Area), case_sensitive=False)
 _START = "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors)."
 _RATE = click.FloatRange(0, min_open=True)
 _SHARE = click.FloatRange(0)
+_STRENGTH = click.FloatRange(0, 2)
 _FOLDS = 5  # where the data states none
 
 _DATA = (
@@ -48,7 +49,8 @@ _SETTINGS = (
     click.option("--rate", type=_RATE, help="Learning rate of phase two."),
     click.option("--batch", type=click.IntRange(2)),
     click.option("--imbalance", type=click.Choice(["mura", "balanced", "none"])),
-    click.option("--augmentation", type=_SHARE, help="Strength, 1 as published, 0 mirrors only."),
+    click.option("--augmentation", type=_STRENGTH,
+                 help="Strength, 1 as published, 0 mirrors only."),
     click.option("--inside", type=_SHARE, help="CAM regularization: evidence inside the boxes."),
     click.option("--steady", type=_SHARE, help="CAM regularization: the same evidence if moved."),
     click.option("--architecture", type=click.Choice(ARCHITECTURES)),
@@ -99,7 +101,26 @@ def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
         given["stages"] = (*before, replace(last, epochs=epochs))
     if given.get("patience") == 0:
         given["patience"] = None
-    return _Asked(data, replace(settings, **given), state_of(start))
+    try:
+        settings = replace(settings, **given)
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+    return _Asked(data, settings, state_of(start))
+
+
+def _warn_of_seen(start: str, splits: Iterable[str]) -> None:
+    """Say so where a run to begin with may have learned what is to be held out."""
+    from training.run_folder import held_out
+
+    file = Path(start)
+    if file.with_name("run.json").is_file():
+        seen = sorted(set(splits) - set(held_out(file.parent)))
+        if seen:
+            click.echo(
+                f"{start} was not trained without {', '.join(seen)}: if it has seen those films,"
+                " figures on them are too good",
+                err=True,
+            )
 
 
 @click.command()
@@ -113,7 +134,7 @@ def pretrain(
     RUN/network.pt` goes on from there. A run that was cut off goes on.
 
     \b
-    python -m training pretrain fracatlas runs/trunk --held-out 0
+    python -m training pretrain fracatlas runs/trunk --held-out 0 --held-out 1
     """
     from training.settings import TRUNK
 
@@ -132,6 +153,7 @@ def fit_command(
     \b
     python -m training fit MURA-v1.1 runs/wrist --area XR_WRIST --held-out valid --start imagenet
     """
+    _warn_of_seen(options["start"], held_out)
     _fit(_asked(options), run, held_out, workers, device)
 
 
@@ -153,7 +175,7 @@ def cross_validate_command(
     """Train without each fold of PATH in turn, score it, and write RUN/record.json.
 
     Folds are the splits that PATH states, else five of its patients. A run that was cut off goes
-    on.
+    on. What training starts with must not have seen the folds: `pretrain --held-out`, for each.
 
     \b
     python -m training cross-validate fracatlas runs/generalist --start runs/trunk/network.pt
@@ -167,6 +189,7 @@ def cross_validate_command(
     if len(folds) <= 1:
         data = folded(data, _FOLDS, settings.seed)
         folds = [str(number) for number in range(_FOLDS)]
+    _warn_of_seen(begins, fold or folds)
     record = cross_validate(
         data,
         run,
@@ -222,6 +245,7 @@ def search_command(
     """
     from training.search import search
 
+    _warn_of_seen(options["start"], held_out)
     data, settings, start = _asked(options)
     best = search(
         data,

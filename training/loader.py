@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
 from training.prepared import Edges, Prepared
+from training.settings import CELL
 
-CELL = 32  # input pixels a side of a cell of DenseNet's last map
 _ZOOM = (0.75, 1.5)  # crops show this much more or less than at the scale of whole films
 _WIDEST = 0.95  # share of a film's side that a crop has at most
 _ON_BOX = 0.7  # share of the crops of a film with boxes that are laid on one of them

@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from mura_batch.atomic import write_atomic
+from mura_batch.errors import Misconfigured
 from mura_batch.network_input import Box, Luminance
 from mura_batch.overlay import thumbnail
 from mura_batch.radiograph import read_film
-from mura_batch.runtime import Inference, load
-from mura_batch.weights import fitted
-from training.crossval import Record
+from mura_batch.runtime import Inference
+from training.crossval import Record, load_run
 from training.dataset import Film
 from training.evaluate import FilmScore, cases_of
 from training.publish import deciding_of
@@ -54,18 +53,25 @@ def draw(record: Record, films: Sequence[Film], run: Path, folder: Path) -> None
     Raises:
         Misconfigured: a film or a network cannot be read.
     """
-    by_name = {film.path.name: film for film in films}
-    chosen = [one._replace(film=by_name[one.film.path.name]) for one in _chosen(record)]
+    known = {_name(film): film for film in films}
+    chosen = _chosen(record)
+    if missing := [one.film.name for one in chosen if _name(one.film) not in known]:
+        raise Misconfigured(f"These data have no film {missing[0]} of the record: name its data.")
+    chosen = [one._replace(film=known[_name(one.film)]) for one in chosen]
     seen = _seen([one.film for one in chosen], run)
     folder.mkdir(parents=True, exist_ok=True)
     for number, group in enumerate(_GROUPS, start=1):
         some = [one for one in chosen if one.group == group]
         figure = Figure(figsize=(3 * _EACH, 3.4), layout="constrained")
         for axes, one in zip(figure.subplots(1, _EACH), some, strict=False):
-            _draw(axes, one, seen[one.film.path])
+            _draw(axes, one, seen[_name(one.film)])
         figure.suptitle(f"{group}, research use only")
         name = f"{number}-{group.replace(' ', '-')}.jpg"
         write_atomic(folder / name, partial(figure.savefig, format="jpeg", dpi=80))
+
+
+def _name(film: Film) -> tuple[str, str, str]:
+    return film.study, film.area, film.name
 
 
 def _chosen(record: Record) -> list[_Chosen]:
@@ -92,20 +98,17 @@ def _group(one: FilmScore, *, positive: bool) -> str:
     return "found" if one.localised is not None and one.localised.hit else "found elsewhere"
 
 
-def _seen(films: Sequence[Film], run: Path) -> Mapping[Path, _Seen]:
+def _seen(films: Sequence[Film], run: Path) -> Mapping[tuple[str, str, str], _Seen]:
     """Return what the networks saw of films."""
     seen = {}
     for fold in {film.split for film in films}:
         own = run / f"fold-{fold}"
-        settings = read_settings(own / "run.json")
-        state = torch.load(own / "network.pt", weights_only=True)
-        network = fitted(state, settings.architecture)
-        runtime = load(network, settings.preprocessing, device="cpu")
+        spec, runtime = read_settings(own / "run.json").preprocessing, load_run(own)
         for film in (film for film in films if film.split == fold):
             with film.named():
-                luminance, given = read_film(film.path, film.frame, settings.preprocessing)
+                luminance, given = read_film(film.path, film.frame, spec)
             found = Inference.joined(runtime.infer(given.pixels[None]))
-            seen[film.path] = _Seen(luminance, given.box, found.maps[0])
+            seen[_name(film)] = _Seen(luminance, given.box, found.maps[0])
     return seen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mura_batch.atomic import write_atomic
+from mura_batch.errors import Transient
 from mura_batch.network_input import Box
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
@@ -74,7 +76,7 @@ def prepared(
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds them read
-        if not file.exists():
+        if not _are_there(file, boxes, len(films)):
             part = file.with_suffix(".part")
             found = _read_all(films, spec, part, workers if len(films) > _FEW else 0)
             text = json.dumps(found).encode()
@@ -84,12 +86,22 @@ def prepared(
     return Prepared(file, tuple(tuple(tuple(box) for box in of_film) for of_film in kept))
 
 
+def _are_there(file: Path, boxes: Path, count: int) -> bool:
+    """Say whether both files are whole; else they are made anew."""
+    try:
+        same = len(json.loads(boxes.read_text(encoding="utf-8"))) == count
+        return same and len(np.load(file, mmap_mode="r")) == count
+    except (OSError, TypeError, ValueError, EOFError):
+        return False
+
+
 def _read_all(
     films: Sequence[Film], spec: Preprocessing, file: Path, workers: int
 ) -> list[tuple[Edges, ...]]:
     """Write the films' pixels and return their boxes."""
     shape = (len(films), spec.size, spec.size)
     pixels = open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    _take_room(file)
     found: list[tuple[Edges, ...]] = []
     with _mapping(workers) as mapped:
         read = mapped(partial(_read, spec), films)
@@ -100,6 +112,22 @@ def _read_all(
             found.append(boxes)
     pixels.flush()
     return found
+
+
+def _take_room(file: Path) -> None:
+    """Take the disk's blocks now: a mapped file without them ends the process when it is written.
+
+    Raises:
+        Transient: the disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with file.open("r+b") as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+        except OSError as exc:
+            file.unlink()
+            raise Transient(f"{file}: {exc.strerror}: make room and call it again.") from exc
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from training.crossval import Record
 from training.dataset import Film
 from training.evaluate import Deciding, FilmScore, by_study, cases_of, score_films
 from training.metrics import Cases, auc_of
-from training.run_folder import read_settings
+from training.run_folder import held_out, read_settings, read_state
 from training.settings import FitSettings
 
 _TRAINED_ON = (
@@ -119,21 +120,39 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     ``record`` is the cross-validation of the same settings; calibration, thresholds and figures
     come from it. Return the weights' file.
 
+    Nothing is replaced before all of it is made.
+
     Raises:
-        Misconfigured: the record is of other settings than the run.
+        Misconfigured: the record is of other settings than the run, or the run held films out.
     """
     settings = read_settings(run / "run.json")
     if settings != record.settings:
         raise Misconfigured(f"{run} was made with other settings than the record's: fit it again.")
-    file = folder / "generalist.safetensors"
-    half = write_weights(run, file, torch.float16)
+    if held_out(run):
+        raise Misconfigured(f"{run} was trained without some folds: publish one of all films.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        file = Path(made) / "generalist.safetensors"
+        half = write_weights(run, file, torch.float16)
+        cards = _cards(films, record, file, half)
+        file.replace(folder / file.name)
+    for card in cards:
+        _write_card(folder / "cards" / f"{card.area}.json", card)
+    return folder / file.name
+
+
+def _cards(
+    films: Sequence[Film], record: Record, file: Path, half: dict[str, Tensor]
+) -> list[Card]:
+    settings = record.settings
     notes = _NOTES.format(folds=len(record.folds))
     spec = settings.preprocessing
     if spec.enough is not None:
         runtime = load(fitted(half, settings.architecture), spec, runtime="torch", device="cpu")
         notes += _decoded(runtime, films, spec, spec.enough)
     stages = " and ".join(
-        f"{stage.epochs} epochs at {stage.size} pixels" for stage in settings.stages
+        f"{stage.epochs} epochs of {'crops' if stage.crops else 'films'} at {stage.size} pixels"
+        for stage in settings.stages
     )
     origins = Origins(
         training_data=_TRAINED_ON.format(epochs=stages, precision=settings.precision),
@@ -144,17 +163,12 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     )
     on = f"FracAtlas, out of fold ({len(record.folds)} folds)"
     found = Measured(record.scores, record.target, on)
-    for area in Area:
-        _write_card(
-            folder / "cards" / f"{area}.json",
-            card_for(area, file, settings, found, origins),
-        )
-    return file
+    return [card_for(area, file, settings, found, origins) for area in Area]
 
 
 def write_weights(run: Path, file: Path, precision: torch.dtype) -> dict[str, Tensor]:
     """Write a run's network as safetensors and return its tensors, as they were rounded."""
-    state = torch.load(run / "network.pt", weights_only=True)
+    state = read_state(run / "network.pt")
     kept = {n: t.to(precision).contiguous() for n, t in state.items() if t.is_floating_point()}
     write_atomic(file, lambda stream: stream.write(save(kept)))
     return kept

@@ -96,9 +96,12 @@ def write_note(records: Path, out: Path) -> list[Path]:
     their figures, into ``out``; return the files.
 
     Raises:
-        Misconfigured: there is no ``generalist.json``, or a file is no record.
+        Misconfigured: there is no ``generalist.json``, a file is no record, or there is nothing to
+            compare in one.
     """
     whole = Record.read(records / GENERALIST)
+    if not whole.has_both_labels():
+        raise Misconfigured(f"{records / GENERALIST} has scores of one label only, or none.")
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     cases = cases_of(by_study(whole.scores), deciding_of(whole).calibration)
@@ -161,7 +164,7 @@ def _calibrated(record: Record) -> _Calibrated:
     fold_of = np.array([exam[0].film.split for exam in exams])
     for fold in {*fold_of}:
         others = [exam for exam in exams if exam[0].film.split != fold]
-        if others:
+        if {max(one.film.label for one in exam) for exam in others} == {0, 1}:
             how = decided_by(others, "the other folds").calibration
             crossed[fold_of == fold] = cases_of(exams, how).probabilities[fold_of == fold]
     apart = Cases(raw.logits, crossed, raw.labels, raw.patients)
@@ -193,7 +196,12 @@ def _parts(records: Path, whole: Record) -> Iterator[Compared]:
         raise Misconfigured(f"{records / 'parts'} holds no {_BASE}.json to compare with.")
     base = found.pop(_BASE)
     for name, record in ((_BASE, base), *found.items(), ("in full", whole)):
-        yield from _compared(name, record, base, ALL_AREAS)
+        rows = list(_compared(name, record, base, ALL_AREAS))
+        if not rows:
+            raise Misconfigured(
+                f"{records / 'parts'}: {name} and {_BASE} share no studies of both labels."
+            )
+        yield from rows
 
 
 def _records(folder: Path) -> list[tuple[str, Record]]:
@@ -233,7 +241,7 @@ def _compared(name: str, one: Record, other: Record, area: str) -> Iterator[Comp
 
 def _key(score: FilmScore) -> tuple[str, str, str]:
     film = score.film
-    return film.study, film.area, film.path.name
+    return film.study, film.area, film.name
 
 
 def _hit(scores: Sequence[FilmScore]) -> Estimate:
@@ -308,8 +316,9 @@ def _pdf(page: Path) -> Iterator[Path]:
     Raises:
         Misconfigured: it fails.
     """
+    target = page.with_suffix(".pdf")
+    target.unlink(missing_ok=True)
     if found := shutil.which(_CONVERTER):
-        target = page.with_suffix(".pdf")
         done = subprocess.run(  # noqa: S603 - the page is our own
             [found, str(page), str(target)], capture_output=True, text=True, check=False
         )

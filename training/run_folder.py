@@ -7,12 +7,14 @@ import fcntl
 import hashlib
 import io
 import json
+import pickle
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +80,8 @@ def write_or_compare(told: Mapping[str, object], file: Path, compared: Sequence[
         Misconfigured: the file says otherwise of what is ``compared``, or is damaged.
     """
     if not file.exists():
+        if left := sorted(file.parent.glob("*.pt")):
+            raise Misconfigured(f"{left[0]} lies there without {file.name}: name another folder.")
         write_json(told, file)
         return
     try:
@@ -100,8 +104,23 @@ def read_settings(file: Path) -> FitSettings:
     """
     try:
         return settings_of(json.loads(file.read_text(encoding="utf-8"))["settings"])
+    except KeyError as exc:
+        raise Misconfigured(f"{file} says nothing of {exc}: it is no run's settings.") from exc
+    except (OSError, ValueError, TypeError) as exc:
+        raise Misconfigured(f"{file} holds no settings of a run: {exc}") from exc
+
+
+def held_out(run: Path) -> list[str]:
+    """Return the splits that a run was trained without.
+
+    Raises:
+        Misconfigured: its ``run.json`` is missing or damaged.
+    """
+    try:
+        told = json.loads((run / "run.json").read_text(encoding="utf-8"))["held_out"]
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise Misconfigured(f"{file} is damaged: it should say how a run is made.") from exc
+        raise Misconfigured(f"{run / 'run.json'} is damaged: it should say how.") from exc
+    return [str(name) for name in told]
 
 
 def data_digest(films: Sequence[Film]) -> str:
@@ -123,7 +142,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 def write_json(told: object, file: Path, *, indent: int | None = 1) -> None:
     """Write a record whole or not at all."""
-    text = json.dumps(told, indent=indent) + "\n"
+    text = json.dumps(told, indent=indent, allow_nan=False) + "\n"
     write_atomic(file, lambda stream: stream.write(text.encode()))
 
 
@@ -134,6 +153,21 @@ def write_log(file: Path, history: Sequence[Mapping[str, float]]) -> None:
     table.writeheader()
     table.writerows({"epoch": n, **told} for n, told in enumerate(history, start=1))
     write_atomic(file, lambda out: out.write(stream.getvalue().encode()))
+
+
+def read_state(file: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Return what :func:`save` wrote.
+
+    Raises:
+        Misconfigured: the file is missing or damaged.
+    """
+    try:
+        state = torch.load(file, weights_only=True, map_location=device)
+    except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as exc:
+        raise Misconfigured(f"{file} is damaged: remove {file.parent} to begin again.") from exc
+    if not isinstance(state, dict):
+        raise Misconfigured(f"{file} holds no state: remove {file.parent} to begin again.")
+    return state
 
 
 def save(state: object, target: Path) -> None:

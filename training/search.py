@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import cast, get_args
 
 import numpy as np
@@ -22,24 +25,27 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from mura_batch.errors import Transient
+from mura_batch.errors import Misconfigured, Transient
 from mura_batch.preprocessing import Fit
 from training.crossval import score_run
 from training.dataset import Dataset
+from training.evaluate import read_all
 from training.fit import LossIsNoNumber, divide, fit, study_auc
 from training.folds import folded
-from training.loader import CELL
 from training.run_folder import alone_in, data_digest, state_digest, write_json, write_or_compare
-from training.settings import FitSettings, Imbalance, settings_of
+from training.settings import CELL, FitSettings, Imbalance, settings_of
 
 _NAME = "settings"  # of the one study in a folder's journal
 _LARGER = 10 / 7  # of the input size: 320 instead of 224
 _LARGE = ("state.pt", "best.pt", "network.pt")  # of a trial, not needed once it has ended
 _STARTUP = 5  # trials before the first is pruned
+_MOST_OFF = 5  # trials that go off before a search gives up
+_OFF = "off"  # attribute of trials whose loss was no number
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+_KEPT = (*_ENDED, TrialState.WAITING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +78,13 @@ def search(
     ``run/best.json``.
 
     Raises:
-        Misconfigured: as for :func:`training.fit.fit`, or the folder holds another search.
+        Misconfigured: as for :func:`training.fit.fit`, the folder holds another search or is
+            damaged, or too many trials went off.
         Transient: no trial has come to an end.
     """
+    run = run.resolve()  # Optuna's lock is a link that holds the path as it was given
     within = _within(data, held_out, folds, base)
+    read_all([film for film in within.films if film.split == "0"], base.preprocessing)
     made_of = {
         "data": data_digest(within.films),
         "base": asdict(base),
@@ -84,7 +93,7 @@ def search(
     }
     with alone_in(run):
         write_or_compare(made_of, run / "search.json", tuple(made_of))
-        _begin_anew(_study(run, base), base)
+        _begin_anew(_study(run, base.seed), base)
         work = _Search(within, run, base, start, device)
         if jobs == 1:
             work.until(trials, base.seed)
@@ -94,18 +103,23 @@ def search(
 
 
 def _side_by_side(works: Sequence[Callable[[], None]]) -> None:
-    """Do them in a process each.
+    """Do them in a process each; an error of one of them is raised when it has ended."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(len(works), context, initializer=_end_with_parent) as pool:
+        for ended in as_completed([pool.submit(work) for work in works]):
+            ended.result()
 
-    Raises:
-        Transient: one of them failed; it has said why.
-    """
-    others = [get_context("spawn").Process(target=work) for work in works]
-    for other in others:
-        other.start()
-    for other in others:
-        other.join()
-    if any(other.exitcode for other in others):
-        raise Transient("A process of the search failed: run the same command again.")
+
+def _end_with_parent() -> None:
+    """End this process when the one that began it has ended, however that was."""
+
+    def wait() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _within(data: Dataset, held_out: Collection[str], folds: int, base: FitSettings) -> Dataset:
@@ -118,26 +132,43 @@ def _within(data: Dataset, held_out: Collection[str], folds: int, base: FitSetti
     return within
 
 
-def _study(run: Path, base: FitSettings, seed: int | None = None) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        study_name=_NAME,
-        storage=JournalStorage(JournalFileBackend(str(run / "journal.log"))),
-        sampler=optuna.samplers.TPESampler(seed=base.seed if seed is None else seed),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP),
-        direction="maximize",
-        load_if_exists=True,
-    )
+def _study(run: Path, seed: int) -> optuna.Study:
+    """Open the folder's study; what it draws next depends on the seed and its trials so far."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    journal = run / "journal.log"
+    try:
+        study = optuna.create_study(
+            study_name=_NAME,
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * len(study.trials))
+    except (ValueError, KeyError, UnicodeDecodeError) as exc:
+        raise Misconfigured(
+            f"{journal} is damaged ({exc}): remove its last line, or name another folder."
+        ) from exc
+    return study
 
 
 def _begin_anew(study: optuna.Study, base: FitSettings) -> None:
-    """Queue what to begin with: the base, or what was running when a search was cut off."""
-    if not study.trials:
+    """Queue what to begin with: the base, or what was cut off, by a kill or an error."""
+    trials = study.trials
+    if not trials:
         study.enqueue_trial(_params_of(base))
-    for trial in study.trials:
+    done = [_fixed(trial) for trial in trials if trial.state in _KEPT or _OFF in trial.user_attrs]
+    for trial in trials:
         if trial.state is TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+        if (params := _fixed(trial)) and params not in done:
+            study.enqueue_trial(params)
+            done.append(params)
+
+
+def _fixed(trial: FrozenTrial) -> dict[str, object]:
+    """Return a trial's values, drawn or queued."""
+    return trial.params or trial.system_attrs.get("fixed_params", {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +183,20 @@ class _Search:
 
     def until(self, trials: int, seed: int) -> None:
         """Run trials until so many have ended."""
-        study = _study(self.run, self.base, seed)
+        study = _study(self.run, seed)
         if sum(trial.state in _ENDED for trial in study.trials) < trials:
             enough = MaxTrialsCallback(trials, states=_ENDED)
-            study.optimize(self._trial, callbacks=[enough], catch=(LossIsNoNumber,))
+            study.optimize(self._trial, callbacks=[enough, _too_many_off], catch=(LossIsNoNumber,))
 
     def _trial(self, trial: optuna.Trial) -> float:
         """Return the mean study AUC of the folds, or prune after one of them."""
+        try:
+            return self._measured(trial)
+        except LossIsNoNumber:
+            trial.set_user_attr(_OFF, value=True)
+            raise
+
+    def _measured(self, trial: optuna.Trial) -> float:
         settings = _suggested(trial, self.base)
         trial.set_user_attr("settings", json.dumps(asdict(settings)))
         own = self.run / "trials" / hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
@@ -193,6 +231,19 @@ class _Search:
         return study_auc(films, [one.logit for one in score_run(part, films, self.device)])
 
 
+def _too_many_off(study: optuna.Study, _: FrozenTrial) -> None:
+    """Give up where training goes off again and again.
+
+    Raises:
+        Misconfigured: it does.
+    """
+    off = sum(_OFF in trial.user_attrs for trial in study.trials)
+    if off >= _MOST_OFF:
+        raise Misconfigured(
+            f"The loss was no number in {off} trials: begin from a smaller rate in another folder."
+        )
+
+
 def _suggested(trial: optuna.Trial, base: FitSettings) -> FitSettings:
     """Return the base with a trial's values for what matters."""
     small = base.preprocessing.size
@@ -224,7 +275,7 @@ def _params_of(base: FitSettings) -> dict[str, object]:
 
 
 def _best(run: Path, base: FitSettings) -> Best:
-    study = _study(run, base)
+    study = _study(run, base.seed)
     ended = [trial for trial in study.trials if trial.state in _ENDED]
     if not any(trial.state is TrialState.COMPLETE for trial in ended):
         raise Transient(f"{run}: no trial has come to its end: run the same command again.")

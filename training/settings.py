@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from mura_batch.preprocessing import Preprocessing
-from mura_batch.weights_card import ARCHITECTURE
+from mura_batch.preprocessing import Crop, Decode, Fit, Preprocessing
+from mura_batch.weights_card import ARCHITECTURE, ARCHITECTURES
 
 Phase = Literal["head", "all"]
 Imbalance = Literal["mura", "balanced", "none"]
 Precision = Literal["f32", "bf16", "fp16"]
 
+CELL = 32  # input pixels a side of a cell of DenseNet's last map
+_FROZEN = 3  # dense blocks at most: above the last there is the head alone
+_STRONGEST = 2.0  # augmentation: twice as much as published
+_WORDS = {
+    "architecture": ARCHITECTURES,
+    "imbalance": get_args(Imbalance),
+    "precision": get_args(Precision),
+}
+_INTEGERS = {"head_epochs": (0, math.inf), "batch": (2, math.inf), "seed": (0, 2**32 - 1)}
+_NUMBERS = {
+    "head_rate": (0, 1),
+    "rate": (0, 1),
+    "block_decay": (0, 1),
+    "weight_decay": (0, 10),
+    "augmentation": (0, _STRONGEST),
+    "average": (0, 1),
+    "aside": (0.01, 0.5),
+    "inside": (0, 100),
+    "steady": (0, 100),
+    "joint": (0, 100),
+}
+
+
+def _whole(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int) and low <= value <= high
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Epochs of one input size.
+
+    Raises:
+        ValueError: saying what cannot be.
 
     Attributes:
         size: side of the network's input in pixels, a multiple of 32.
@@ -32,10 +62,22 @@ class Stage:
     crops: bool = False
     frozen: int = 0
 
+    def __post_init__(self) -> None:
+        if not (_whole(self.size, CELL, math.inf) and self.size % CELL == 0):
+            raise ValueError(f"a stage's size of {self.size!r} is no multiple of {CELL}")
+        if not (_whole(self.epochs, 1, math.inf) and _whole(self.frozen, 0, _FROZEN)):
+            raise ValueError(
+                f"a stage of {self.epochs!r} epochs with {self.frozen!r} frozen blocks:"
+                f" 1 and more, and 0 to {_FROZEN}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
     """What a run is made of; the same settings, data and start repeat it.
+
+    Raises:
+        ValueError: saying what cannot be.
 
     Attributes:
         architecture: of :data:`mura_batch.weights_card.ARCHITECTURES`.
@@ -77,6 +119,28 @@ class FitSettings:
     batch: int = 16
     seed: int = 20
 
+    def __post_init__(self) -> None:
+        for name, words in _WORDS.items():
+            if (value := getattr(self, name)) not in words:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(words)}")
+        for name, (low, high) in _INTEGERS.items():
+            if not _whole(value := getattr(self, name), low, high):
+                raise ValueError(f"{name} {value!r} is no whole number from {low} to {high}")
+        for name, (least, most) in _NUMBERS.items():
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and least <= value <= most):
+                raise ValueError(f"{name} {value!r} is no number from {least} to {most}")
+        if not (self.patience is None or _whole(self.patience, 1, math.inf)):
+            raise ValueError(f"patience {self.patience!r} is neither none nor 1 and more")
+        if not self.stages:
+            raise ValueError("there is no stage")
+        last = self.stages[-1]
+        if not last.crops and last.size != self.preprocessing.size:
+            raise ValueError(
+                f"the last stage of whole films has size {last.size}, scoring"
+                f" {self.preprocessing.size}"
+            )
+
 
 LIMB = Preprocessing(size=320, crop="foreground", fit="pad", decode="reduced")
 
@@ -111,9 +175,14 @@ def two_phases(spec: Preprocessing, architecture: str) -> FitSettings:
 
 
 def settings_of(told: Mapping[str, Any]) -> FitSettings:
-    """Return settings from their JSON; KeyError or TypeError where it is not theirs."""
+    """Return settings from their JSON; KeyError, TypeError or ValueError where it is not theirs."""
     spec = told["preprocessing"]
-    channels = {name: tuple(spec[name]) for name in ("mean", "std")}
+    for name, words in (("crop", Crop), ("fit", Fit), ("decode", Decode)):
+        if spec[name] not in get_args(words):
+            raise ValueError(f"{name} {spec[name]!r} is none of {', '.join(get_args(words))}")
+    channels = {name: tuple(map(float, spec[name])) for name in ("mean", "std")}
+    if {len(of_channel) for of_channel in channels.values()} != {3}:
+        raise ValueError("mean and std are three numbers each")
     return FitSettings(
         **{
             **told,

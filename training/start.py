@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -20,6 +21,8 @@ from mura_batch.weights_card import ARCHITECTURES
 from training.run_folder import read_settings
 from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
 
+_NO_START = "{}: no such file; --start takes nothing, imagenet, bundled, or a file."
+_FIXED = {"nothing": FROM_NOTHING, "imagenet": FitSettings()}
 _DAMAGED = (pickle.UnpicklingError, SafetensorError)
 
 
@@ -32,18 +35,20 @@ def settings_for(start: str) -> FitSettings:
     Raises:
         Misconfigured, WeightsRefused: the run or the card beside a file is damaged.
     """
-    if start == "nothing":
-        return FROM_NOTHING
-    if start == "imagenet":
-        return FitSettings()
+    if start in _FIXED:
+        return _FIXED[start]
     if start == "bundled":
         return _like(bundled_card(Area.XR_HAND))
     file = Path(start)
+    if not file.name:
+        raise Misconfigured(_NO_START.format(start))
     if file.with_suffix(".json").is_file():
         return _like(read_card(file.with_suffix(".json")))
     if file.with_name("run.json").is_file():
         before = read_settings(file.with_name("run.json"))
-        return LIMB_FILMS if before.joint else _like(before)
+        if before.joint:
+            return replace(LIMB_FILMS, architecture=before.architecture)
+        return _like(before)
     return FitSettings()
 
 
@@ -86,9 +91,7 @@ def _of_file(file: Path) -> Mapping[str, Tensor]:
         else:
             state = torch.load(file, weights_only=True, map_location="cpu")
     except FileNotFoundError as exc:
-        raise Misconfigured(
-            f"{file}: no such file; --start takes nothing, imagenet, bundled, or a file."
-        ) from exc
+        raise Misconfigured(_NO_START.format(file)) from exc
     except (EOFError, OSError, RuntimeError, ValueError, *_DAMAGED) as exc:
         raise Misconfigured(
             f"{file} is no network's state: give one that torch or safetensors wrote."

@@ -92,6 +92,9 @@ def _csv(file: Path) -> Iterator[Row]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             table = csv.DictReader(stream, restval="")
+            names = [name.strip() for name in table.fieldnames or () if name.strip()]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise Misconfigured(f"{file} has the columns {', '.join(sorted(twice))} twice.")
             for cells in table:
                 named = {(k or "").strip(): (v or "").strip() for k, v in cells.items() if k}
                 yield Row(f"{file}:{table.line_num}", named)
