@@ -59,7 +59,7 @@ class WeightsRefused(Misconfigured):
 _MOST_TOLD = 5
 
 
-def told(problems: Sequence[str]) -> str:
+def listed(problems: Sequence[str]) -> str:
     """Return the first problems in words, and how many there are besides."""
     more = len(problems) - _MOST_TOLD
     return "; ".join(problems[:_MOST_TOLD]) + (f"; and {more} more" if more > 0 else "")

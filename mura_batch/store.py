@@ -30,7 +30,7 @@ from sqlalchemy.engine import Engine
 
 from mura_batch.area import Area
 from mura_batch.engine import EngineReader, driver_values, open_engine, reading, writing
-from mura_batch.errors import Misconfigured, told
+from mura_batch.errors import Misconfigured, listed
 from mura_batch.intake import Intake, Ledger
 from mura_batch.lookup import AMONG, among, chunks, resolve, stored_studies
 from mura_batch.records import (
@@ -357,7 +357,7 @@ class Store(Results):
                 except Misconfigured as exc:
                     problems.append(str(exc))
             if problems:
-                raise Misconfigured(f"No label was stored: {told(problems)}")
+                raise Misconfigured(f"No label was stored: {listed(problems)}")
         return count
 
     def _known_files(self) -> Ledger:

@@ -69,15 +69,20 @@ def test_a_search_killed_in_a_trial_goes_on_with_it(atlas: Path, tmp_path: Path)
     here = Path(__file__).parent
     command = [sys.executable, tmp_path / "search_it.py", atlas, run]
     env = {"PYTHONPATH": f"{here}:{here.parent}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, "2"], env=env) as child:
+    with subprocess.Popen([*command, "1"], env=env) as child:
         while child.poll() is None and not list(run.glob("trials/*/0/state.pt")):
+            time.sleep(0.01)
+        child.kill()
+    (cut,) = trials(run)
+    assert cut.state is TrialState.RUNNING
+    with subprocess.Popen([*command, "2"], env=env) as child:
+        while child.poll() is None and len(trials(run)) == 1:
             time.sleep(0.01)
         workers = psutil.Process(child.pid).children(recursive=True)
         child.kill()
-    psutil.wait_procs(workers, timeout=20)
-    assert not any(worker.is_running() for worker in workers)
-    cut = trials(run)[0]
-    assert cut.state is TrialState.RUNNING
+    assert workers
+    _, left = psutil.wait_procs(workers, timeout=20)
+    assert not left
     subprocess.run([*command, "2"], env=env, check=True)
     first, *others = trials(run)
     assert first.state is TrialState.FAIL

@@ -19,11 +19,11 @@ from mura_batch.errors import Misconfigured
 from mura_batch.runtime import Runtime, load
 from mura_batch.weights import fitted
 from training.dataset import Dataset, Film
-from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, read_all, score_films
+from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, check_readable, score_films
 from training.fit import fit
 from training.localisation import Localised
 from training.metrics import auc_of
-from training.run_folder import read_settings, read_state, write_json
+from training.run_folder import described, read_settings, read_state, write_json
 from training.settings import FitSettings, settings_of
 
 
@@ -99,10 +99,6 @@ class Record:
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise Misconfigured(f"{file} is no record of a cross-validation: {exc!r}") from exc
 
-    def has_both_labels(self) -> bool:
-        """Say whether there are studies with and without the target."""
-        return {max(one.film.label for one in exam) for exam in by_study(self.scores)} == {0, 1}
-
 
 def _row(score: FilmScore) -> list[Any]:
     film, where = score.film, score.localised
@@ -158,7 +154,7 @@ def cross_validate(
     if empty := [name for name, films in films_of.items() if not films]:
         raise Misconfigured(f"No film of these areas is in the fold {empty[0]!r}.")
     first, *_ = films_of.values()  # those of the others are read before the first is scored
-    read_all(first, settings.preprocessing)
+    check_readable(first, settings.preprocessing)
     record = Record(settings, begins, data.target, tuple(areas), (), ())
     for name, films in films_of.items():
         own = run / f"fold-{name}"
@@ -206,7 +202,7 @@ def load_run(run: Path, device: str = "cpu") -> Runtime:
 
 def _fold(name: str, run: Path) -> Fold:
     try:
-        made_of = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        made_of = described(run)
         outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
         return Fold(
             name=name,

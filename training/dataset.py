@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mura_batch.errors import Misconfigured, Rejected, Transient, told
+from mura_batch.errors import Misconfigured, Rejected, Transient, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,11 @@ class Film:
         """The file's name, and the frame where it is not the first."""
         return f"{self.path.name} frame {self.frame}" if self.frame else self.path.name
 
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What finds the film again in other records: study, area and name."""
+        return self.study, self.area, self.name
+
     @contextmanager
     def named(self) -> Iterator[None]:
         """Say which film it is that cannot be read.
@@ -139,7 +144,7 @@ class Dataset:
             Misconfigured: naming its first problems, or that it has no films.
         """
         if problems := [f"{one.where}: {one.what}" for one in self.all_problems()]:
-            raise Misconfigured(told(problems))
+            raise Misconfigured(listed(problems))
         if not self.films:
             raise Misconfigured("There are no films in this data.")
         return self

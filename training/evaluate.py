@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def score_films(runtime: Runtime, films: Sequence[Film], spec: Preprocessing) ->
     return scores
 
 
-def read_all(films: Sequence[Film], spec: Preprocessing) -> None:
+def check_readable(films: Sequence[Film], spec: Preprocessing) -> None:
     """Read films that are scored after hours, to know now that they can be read.
 
     Raises:
@@ -238,6 +238,11 @@ def cases_of(groups: Sequence[Sequence[FilmScore]], calibration: Calibration | N
         np.array([max(one.film.label for one in group) for group in groups], np.int64),
         tuple(group[0].film.patient for group in groups),
     )
+
+
+def both_labels(groups: Iterable[Sequence[FilmScore]]) -> bool:
+    """Say whether there are groups of films with the target, and without."""
+    return {max(one.film.label for one in group) for group in groups} == {0, 1}
 
 
 def by_study(scores: Sequence[FilmScore]) -> list[list[FilmScore]]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,6 +30,7 @@ from mura_batch.network import Network, network_of, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.torch_runtime import find_device
 from training.dataset import Dataset, Film
+from training.evaluate import FilmScore, both_labels, by_study, cases_of
 from training.folds import fold_numbers
 from training.loader import Draw, Drawn
 from training.metrics import roc_auc
@@ -39,15 +39,16 @@ from training.optimisation import parameter_groups, warm_cosine
 from training.prepared import Prepared, prepared
 from training.run_folder import (
     alone_in,
-    describe,
+    compare,
+    made_of,
     read_state,
     save,
-    state_digest,
     write_json,
     write_log,
 )
 from training.settings import CELL, FitSettings, Phase, Stage
 
+_COMPARED = ("settings", "start", "data")  # what makes two runs one
 _FEATURES = 1024  # channels of DenseNet-121's last map
 _LOOK = 100  # steps between two looks at the loss
 
@@ -85,14 +86,13 @@ def fit(
     torch.manual_seed(settings.seed)
     network = network_of(settings.architecture)
     _begin_with(network, start or {})
-    told = {"held_out": sorted(held_out), "start": state_digest(network.state_dict())}
+    told = made_of(settings, *sides, held_out=held_out, start=network.state_dict())
+    compare(told, run / "run.json", _COMPARED)  # before hours of reading
+    inputs = _prepare(sides, settings.preprocessing, cache or run.parent / "films", workers)
     with alone_in(run):
-        if (run / "run.json").exists():  # another run is told of before hours of reading
-            describe(run, settings, sides.train, sides.aside, told)
+        if not compare(told, run / "run.json", _COMPARED):
+            write_json(told, run / "run.json")
         if not (run / "network.pt").exists():
-            films = cache or run.parent / "films"
-            inputs = _prepare(sides, settings.preprocessing, films, workers)
-            describe(run, settings, sides.train, sides.aside, told)
             trainer = _Trainer(
                 network.to(device), settings, sides, inputs, run=run, workers=workers
             )
@@ -144,7 +144,7 @@ def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettin
                 f"No part of the films can choose the epoch: {exc} Or keep nobody aside (patience"
                 " 0)."
             ) from exc
-        if set(_by_study(kept[aside], [f.label for f in kept[aside]]).labels) != {0, 1}:
+        if not both_labels(by_study([FilmScore(film, 0.0, None) for film in kept[aside]])):
             raise Misconfigured(
                 "The studies to choose the epoch by do not have both labels: give more films."
             )
@@ -404,7 +404,7 @@ class _Trainer:
             return
         state = read_state(file, self._device)
         if set(state) != set(self._everything()):
-            raise Misconfigured(f"{file} is no state of a run: remove it to begin this run again.")
+            raise Misconfigured(f"{file} is damaged: remove it to begin this run again.")
         self._network.load_state_dict(state["network"])
         self._average.load_state_dict(state["average"])
         self._begin(state["phase"])
@@ -426,19 +426,6 @@ def _finite(loss: float, name: str) -> None:
 
 def study_auc(films: Sequence[Film], logits: Sequence[float]) -> float:
     """Return the area under the ROC curve of studies by their films' mean logit."""
-    studies = _by_study(films, logits)
-    return float(roc_auc(studies.means, studies.labels, np.ones((1, len(studies.labels))))[0])
-
-
-class _Studies(NamedTuple):
-    means: NDArray[np.float64]
-    labels: NDArray[np.int64]
-
-
-def _by_study(films: Sequence[Film], logits: Sequence[float]) -> _Studies:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for number, film in enumerate(films):
-        groups.setdefault((film.study, film.area), []).append(number)
-    means = [np.mean([logits[n] for n in members]) for members in groups.values()]
-    labels = [max(films[n].label for n in members) for members in groups.values()]
-    return _Studies(np.array(means), np.array(labels))
+    scores = [FilmScore(film, logit, None) for film, logit in zip(films, logits, strict=True)]
+    cases = cases_of(by_study(scores), None)
+    return float(roc_auc(cases.logits, cases.labels, np.ones((1, len(cases.labels))))[0])

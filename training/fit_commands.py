@@ -26,7 +26,6 @@ AREA = click.Choice(tuple(Area), case_sensitive=False)
 _START = "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors)."
 _RATE = click.FloatRange(0, min_open=True)
 _SHARE = click.FloatRange(0)
-_STRENGTH = click.FloatRange(0, 2)
 _FOLDS = 5  # where the data states none
 
 _DATA = (
@@ -49,7 +48,7 @@ _SETTINGS = (
     click.option("--rate", type=_RATE, help="Learning rate of phase two."),
     click.option("--batch", type=click.IntRange(2)),
     click.option("--imbalance", type=click.Choice(["mura", "balanced", "none"])),
-    click.option("--augmentation", type=_STRENGTH,
+    click.option("--augmentation", type=_SHARE,
                  help="Strength, 1 as published, 0 mirrors only."),
     click.option("--inside", type=_SHARE, help="CAM regularization: evidence inside the boxes."),
     click.option("--steady", type=_SHARE, help="CAM regularization: the same evidence if moved."),
@@ -110,11 +109,11 @@ def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
 
 def _warn_of_seen(start: str, splits: Iterable[str]) -> None:
     """Say so where a run to begin with may have learned what is to be held out."""
-    from training.run_folder import held_out
+    from training.run_folder import described
 
     file = Path(start)
     if file.with_name("run.json").is_file():
-        seen = sorted(set(splits) - set(held_out(file.parent)))
+        seen = sorted(set(splits) - set(described(file.parent)["held_out"]))
         if seen:
             click.echo(
                 f"{start} was not trained without {', '.join(seen)}: if it has seen those films,"

@@ -53,25 +53,24 @@ def draw(record: Record, films: Sequence[Film], run: Path, folder: Path) -> None
     Raises:
         Misconfigured: a film or a network cannot be read.
     """
-    known = {_name(film): film for film in films}
+    known = {film.identity: film for film in films}
     chosen = _chosen(record)
-    if missing := [one.film.name for one in chosen if _name(one.film) not in known]:
+    if missing := [one.film.name for one in chosen if one.film.identity not in known]:
         raise Misconfigured(f"These data have no film {missing[0]} of the record: name its data.")
-    chosen = [one._replace(film=known[_name(one.film)]) for one in chosen]
+    chosen = [one._replace(film=known[one.film.identity]) for one in chosen]
     seen = _seen([one.film for one in chosen], run)
     folder.mkdir(parents=True, exist_ok=True)
     for number, group in enumerate(_GROUPS, start=1):
         some = [one for one in chosen if one.group == group]
         figure = Figure(figsize=(3 * _EACH, 3.4), layout="constrained")
-        for axes, one in zip(figure.subplots(1, _EACH), some, strict=False):
-            _draw(axes, one, seen[_name(one.film)])
+        places = figure.subplots(1, _EACH)
+        for axes in places[len(some) :]:
+            axes.set_axis_off()
+        for axes, one in zip(places, some, strict=False):
+            _draw(axes, one, seen[one.film.identity])
         figure.suptitle(f"{group}, research use only")
         name = f"{number}-{group.replace(' ', '-')}.jpg"
         write_atomic(folder / name, partial(figure.savefig, format="jpeg", dpi=80))
-
-
-def _name(film: Film) -> tuple[str, str, str]:
-    return film.study, film.area, film.name
 
 
 def _chosen(record: Record) -> list[_Chosen]:
@@ -108,7 +107,7 @@ def _seen(films: Sequence[Film], run: Path) -> Mapping[tuple[str, str, str], _Se
             with film.named():
                 luminance, given = read_film(film.path, film.frame, spec)
             found = Inference.joined(runtime.infer(given.pixels[None]))
-            seen[_name(film)] = _Seen(luminance, given.box, found.maps[0])
+            seen[film.identity] = _Seen(luminance, given.box, found.maps[0])
     return seen
 
 

@@ -23,9 +23,16 @@ from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint, O
 from training.calibration import POINTS, cross_fitted_rates, fit_calibration, thresholds
 from training.crossval import Record
 from training.dataset import Film
-from training.evaluate import Deciding, FilmScore, by_study, cases_of, score_films
+from training.evaluate import (
+    Deciding,
+    FilmScore,
+    both_labels,
+    by_study,
+    cases_of,
+    score_films,
+)
 from training.metrics import Cases, auc_of
-from training.run_folder import held_out, read_settings, read_state
+from training.run_folder import described, read_settings, read_state
 from training.settings import FitSettings
 
 _TRAINED_ON = (
@@ -85,7 +92,7 @@ def card_for(
     """
     exams = by_study(found.scores)
     raw = cases_of(exams, None)
-    if len(set(raw.labels.tolist())) == 1:
+    if not both_labels(exams):
         raise Misconfigured("The studies to measure on have one label only: give more studies.")
     deciding = decided_by(exams, found.on)
     rates = cross_fitted_rates(raw)
@@ -128,7 +135,7 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     settings = read_settings(run / "run.json")
     if settings != record.settings:
         raise Misconfigured(f"{run} was made with other settings than the record's: fit it again.")
-    if held_out(run):
+    if described(run)["held_out"]:
         raise Misconfigured(f"{run} was trained without some folds: publish one of all films.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:

@@ -25,6 +25,7 @@ import jinja2
 import numpy as np
 from markdown_it import MarkdownIt
 
+from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
 from mura_batch.config import NOTICE
 from mura_batch.errors import Misconfigured
@@ -34,6 +35,7 @@ from training.evaluate import (
     ALL_AREAS,
     Evaluation,
     FilmScore,
+    both_labels,
     by_study,
     cases_of,
     evaluate,
@@ -100,7 +102,7 @@ def write_note(records: Path, out: Path) -> list[Path]:
             compare in one.
     """
     whole = Record.read(records / GENERALIST)
-    if not whole.has_both_labels():
+    if not both_labels(by_study(whole.scores)):
         raise Misconfigured(f"{records / GENERALIST} has scores of one label only, or none.")
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def write_note(records: Path, out: Path) -> list[Path]:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        autoescape=False,  # noqa: S701 - it writes Markdown
+        autoescape=jinja2.select_autoescape(),  # by the template's ending: Markdown has none
     )
     text = environment.get_template(_TEMPLATE).render(
         notice=NOTICE,
@@ -148,12 +150,9 @@ def _evaluations(record: Record) -> Iterator[Evaluation]:
 def _by_fold(record: Record) -> Iterator[tuple[Fold, int, int, Estimate]]:
     """Yield each fold with its studies, positive ones, and AUC."""
     for fold in record.folds:
-        cases = cases_of(by_study(_of_folds(record.scores, {fold.name})), None)
+        own = [one for one in record.scores if one.film.split == fold.name]
+        cases = cases_of(by_study(own), None)
         yield fold, len(cases.labels), int(cases.labels.sum()), auc_of(cases)
-
-
-def _of_folds(scores: Sequence[FilmScore], names: set[str]) -> list[FilmScore]:
-    return [one for one in scores if one.film.split in names]
 
 
 def _calibrated(record: Record) -> _Calibrated:
@@ -164,7 +163,7 @@ def _calibrated(record: Record) -> _Calibrated:
     fold_of = np.array([exam[0].film.split for exam in exams])
     for fold in {*fold_of}:
         others = [exam for exam in exams if exam[0].film.split != fold]
-        if {max(one.film.label for one in exam) for exam in others} == {0, 1}:
+        if both_labels(others):
             how = decided_by(others, "the other folds").calibration
             crossed[fold_of == fold] = cases_of(exams, how).probabilities[fold_of == fold]
     apart = Cases(raw.logits, crossed, raw.labels, raw.patients)
@@ -210,18 +209,19 @@ def _records(folder: Path) -> list[tuple[str, Record]]:
 
 def _compared(name: str, one: Record, other: Record, area: str) -> Iterator[Compared]:
     """Yield how a method does beside another on an area, if both labels are there."""
-    both = {_key(score) for score in one.scores} & {_key(score) for score in other.scores}
+    films = ({score.film.identity for score in record.scores} for record in (one, other))
+    both = set.intersection(*films)
     mine, theirs = (
         [
             score
-            for score in sorted(record.scores, key=_key)
-            if _key(score) in both and area in (score.film.area, ALL_AREAS)
+            for score in sorted(record.scores, key=lambda score: score.film.identity)
+            if score.film.identity in both and area in (score.film.area, ALL_AREAS)
         ]
         for record in (one, other)
     )
-    cases, others = (cases_of(by_study(scores), None) for scores in (mine, theirs))
-    if len({*cases.labels.tolist()}) != 2:  # noqa: PLR2004 - both labels
+    if not both_labels(by_study(mine)):
         return
+    cases, others = (cases_of(by_study(scores), None) for scores in (mine, theirs))
     folds = one.folds
     yield Compared(
         name=name.replace("-", " "),
@@ -237,11 +237,6 @@ def _compared(name: str, one: Record, other: Record, area: str) -> Iterator[Comp
         gain=difference(cases, others, roc_auc),
         hit=_hit(mine),
     )
-
-
-def _key(score: FilmScore) -> tuple[str, str, str]:
-    film = score.film
-    return film.study, film.area, film.name
 
 
 def _hit(scores: Sequence[FilmScore]) -> Estimate:
@@ -263,8 +258,8 @@ def _flat(record: Record) -> dict[str, object]:
     settings = asdict(record.settings)
     spec, stages = settings.pop("preprocessing"), settings.pop("stages")
     told = ", then ".join(_stage(stage) for stage in stages)
-    areas = "all areas" if len(record.areas) > 3 else " and ".join(record.areas)  # noqa: PLR2004
-    return {**settings, **spec, "stages": told, "start": record.start, "trained on": areas}
+    areas = "all" if set(record.areas) == set(Area) else " and ".join(record.areas)
+    return {**settings, **spec, "stages": told, "start": record.start, "areas": areas}
 
 
 def _stage(stage: Mapping[str, Any]) -> str:
@@ -319,7 +314,7 @@ def _pdf(page: Path) -> Iterator[Path]:
     target = page.with_suffix(".pdf")
     target.unlink(missing_ok=True)
     if found := shutil.which(_CONVERTER):
-        done = subprocess.run(  # noqa: S603 - the page is our own
+        done = subprocess.run(  # noqa: S603 - no shell; a program of this machine, two paths
             [found, str(page), str(target)], capture_output=True, text=True, check=False
         )
         if done.returncode:

@@ -9,7 +9,7 @@ import io
 import json
 import pickle
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from mura_batch.weights import sha256_of
 from training.dataset import Film
 from training.settings import FitSettings, settings_of
 
+_DESCRIBED = ("held_out", "start", "data", "films", "aside", "versions", "threads")
 _PLACES = ("path", "where", "split")  # of a film: where it stands, not what is trained on
 
 
@@ -46,22 +47,18 @@ def alone_in(run: Path) -> Iterator[None]:
         yield
 
 
-def describe(
-    run: Path,
+def made_of(
     settings: FitSettings,
     films: Sequence[Film],
     aside: Sequence[Film],
-    besides: Mapping[str, object],
-) -> None:
-    """Write what a run is made of, or hold it against what is there.
-
-    ``besides`` has what was held out, and the digest of the state to begin with (``start``).
-
-    Raises:
-        Misconfigured: the folder holds another run.
-    """
-    told = {
-        **besides,
+    *,
+    held_out: Collection[str],
+    start: Mapping[str, Tensor],
+) -> dict[str, object]:
+    """Return what a run is made of; ``start`` is the state that it begins with."""
+    return {
+        "held_out": sorted(held_out),
+        "start": state_digest(start),
         "settings": asdict(settings),
         "data": data_digest([*films, *aside]),
         "films": len(films),
@@ -70,11 +67,10 @@ def describe(
         | {"python": platform.python_version()},
         "threads": torch.get_num_threads(),
     }
-    write_or_compare(told, run / "run.json", ("settings", "start", "data"))
 
 
-def write_or_compare(told: Mapping[str, object], file: Path, compared: Sequence[str]) -> None:
-    """Write what a folder's run is made of, or hold it against what is there.
+def compare(told: Mapping[str, object], file: Path, compared: Sequence[str]) -> bool:
+    """Hold what a folder's run is made of against its file; False where there is none yet.
 
     Raises:
         Misconfigured: the file says otherwise of what is ``compared``, or is damaged.
@@ -82,8 +78,7 @@ def write_or_compare(told: Mapping[str, object], file: Path, compared: Sequence[
     if not file.exists():
         if left := sorted(file.parent.glob("*.pt")):
             raise Misconfigured(f"{left[0]} lies there without {file.name}: name another folder.")
-        write_json(told, file)
-        return
+        return False
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         here = json.loads(json.dumps(told))
@@ -94,6 +89,7 @@ def write_or_compare(told: Mapping[str, object], file: Path, compared: Sequence[
         raise Misconfigured(
             f"{file.parent} holds another run ({', '.join(differing)} differ): name another folder."
         )
+    return True
 
 
 def read_settings(file: Path) -> FitSettings:
@@ -110,17 +106,18 @@ def read_settings(file: Path) -> FitSettings:
         raise Misconfigured(f"{file} holds no settings of a run: {exc}") from exc
 
 
-def held_out(run: Path) -> list[str]:
-    """Return the splits that a run was trained without.
+def described(run: Path) -> dict[str, Any]:
+    """Return what :func:`made_of` said of a run, but for its settings (:func:`read_settings`).
 
     Raises:
         Misconfigured: its ``run.json`` is missing or damaged.
     """
+    file = run / "run.json"
     try:
-        told = json.loads((run / "run.json").read_text(encoding="utf-8"))["held_out"]
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return {name: told[name] for name in _DESCRIBED}
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise Misconfigured(f"{run / 'run.json'} is damaged: it should say how.") from exc
-    return [str(name) for name in told]
+        raise Misconfigured(f"{file} is damaged: it should say how a run is made.") from exc
 
 
 def data_digest(films: Sequence[Film]) -> str:
@@ -163,10 +160,12 @@ def read_state(file: Path, device: str | torch.device = "cpu") -> dict[str, Any]
     """
     try:
         state = torch.load(file, weights_only=True, map_location=device)
+    except FileNotFoundError as exc:
+        raise Misconfigured(f"{file} is gone: remove {file.parent} to begin again.") from exc
     except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as exc:
-        raise Misconfigured(f"{file} is damaged: remove {file.parent} to begin again.") from exc
+        raise Misconfigured(f"{file} is damaged: remove it to begin this run again.") from exc
     if not isinstance(state, dict):
-        raise Misconfigured(f"{file} holds no state: remove {file.parent} to begin again.")
+        raise Misconfigured(f"{file} is damaged: remove it to begin this run again.")
     return state
 
 

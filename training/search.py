@@ -32,10 +32,10 @@ from mura_batch.errors import Misconfigured, Transient
 from mura_batch.preprocessing import Fit
 from training.crossval import score_run
 from training.dataset import Dataset
-from training.evaluate import read_all
+from training.evaluate import check_readable
 from training.fit import LossIsNoNumber, divide, fit, study_auc
 from training.folds import folded
-from training.run_folder import alone_in, data_digest, state_digest, write_json, write_or_compare
+from training.run_folder import alone_in, compare, data_digest, state_digest, write_json
 from training.settings import CELL, FitSettings, Imbalance, settings_of
 
 _NAME = "settings"  # of the one study in a folder's journal
@@ -84,7 +84,7 @@ def search(
     """
     run = run.resolve()  # Optuna's lock is a link that holds the path as it was given
     within = _within(data, held_out, folds, base)
-    read_all([film for film in within.films if film.split == "0"], base.preprocessing)
+    check_readable([film for film in within.films if film.split == "0"], base.preprocessing)
     made_of = {
         "data": data_digest(within.films),
         "base": asdict(base),
@@ -92,7 +92,8 @@ def search(
         "start": state_digest(start or {}),
     }
     with alone_in(run):
-        write_or_compare(made_of, run / "search.json", tuple(made_of))
+        if not compare(made_of, run / "search.json", tuple(made_of)):
+            write_json(made_of, run / "search.json")
         _begin_anew(_study(run, base.seed), base)
         work = _Search(within, run, base, start, device)
         if jobs == 1:

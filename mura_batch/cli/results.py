@@ -15,7 +15,7 @@ import click
 
 from mura_batch import cli
 from mura_batch.area import Area
-from mura_batch.errors import Misconfigured, told
+from mura_batch.errors import Misconfigured, listed
 
 if TYPE_CHECKING:
     from mura_batch.records import Filters, ImageRow, LabelRow, StudyRow
@@ -331,7 +331,7 @@ def _store_labels(ctx: click.Context, rows: Sequence[dict[str, str]]) -> None:
         except ValueError as exc:
             problems.append(f"line {number} {exc}")
     if problems:
-        raise Misconfigured(f"No label was stored: {told(problems)}.")
+        raise Misconfigured(f"No label was stored: {listed(problems)}.")
     with Store.open(cli.settings(ctx).database_url) as store:
         count = store.set_labels(truth)
     click.echo(f"{count} labels stored", err=True)
