@@ -1,4 +1,4 @@
-"""DenseNet-121 with one logit, and its Grad-CAM out of the same forward pass; and a hybrid.
+"""DenseNet-121 with one logit, and its Grad-CAM out of the same forward pass; and two kin of it.
 
 With ``A = ReLU(F)`` the last feature map of shape (N, 1024, h, w), ``w_k`` the classifier's
 weights and ``b`` its bias, global average pooling makes
@@ -8,18 +8,30 @@ weights and ``b`` its bias, global average pooling makes
 and Grad-CAM (Selvaraju et al., ICCV 2017) at that layer is ``ReLU(M)``: its channel weights
 ``α_k = mean_xy ∂logit/∂A_kxy`` are ``w_k / (h·w)``. So one forward pass gives both, without
 gradients, and the signed map ``M`` says in logit units what each place adds to the logit.
+
+A mean drowns what is small in what is not: a fracture fills one or two of a film's hundred cells.
+With log-sum-exp pooling (P. O. Pinheiro and R. Collobert, CVPR 2015; X. Wang et al.,
+"ChestX-ray8", CVPR 2017) of the same evidence,
+
+    logit = b + log(mean_xy exp(h·w · M_xy)),
+
+the place with most evidence decides. ``∂logit/∂A_kxy`` is ``w_k`` times a softmax over places,
+whose mean over them is ``1 / (h·w)``: so Grad-CAM is ``ReLU(M)`` here too, out of one pass.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import densenet121
+
+Pooling = Literal["mean", "log-sum-exp"]
 
 _WIDTH, _HEADS, _LAYERS = 256, 4, 2  # of the hybrid's encoder
 
@@ -30,7 +42,8 @@ class Evidence(NamedTuple):
     Attributes:
         logit: float, shape (N,); the sigmoid of it is the probability of the target.
         map: float, shape (N, h, w); signed evidence, whose positive part is the Grad-CAM of the
-            last feature map. Of :class:`EvidenceNet` its sum over space is ``logit - bias``.
+            last feature map. Where :class:`EvidenceNet` pools by the mean, its sum over space is
+            ``logit - bias``.
     """
 
     logit: Tensor
@@ -41,10 +54,14 @@ class EvidenceNet(nn.Module):
     """torchvision's DenseNet-121 (``features``, ``classifier``) with one logit.
 
     The state dict has torchvision's key names, so published checkpoints load as they are.
+
+    Args:
+        pooling: of the evidence into the logit: the published mean, or log-sum-exp.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pooling: Pooling = "mean") -> None:
         super().__init__()
+        self.pooling = pooling
         trunk = densenet121(weights=None, num_classes=1)
         self.features = trunk.features
         self.classifier = trunk.classifier
@@ -56,9 +73,14 @@ class EvidenceNet(nn.Module):
     def read(self, activations: Tensor) -> Evidence:
         """Return logit and signed evidence map of the last feature map (N, 1024, h, w)."""
         height, width = activations.shape[-2:]
-        kernel = self.classifier.weight[:, :, None, None] / (height * width)
+        cells = height * width
+        kernel = self.classifier.weight[:, :, None, None] / cells
         evidence = functional.conv2d(activations, kernel)[:, 0]
-        return Evidence(evidence.sum(dim=(1, 2)) + self.classifier.bias, evidence)
+        if self.pooling == "mean":
+            pooled = evidence.sum(dim=(1, 2))
+        else:
+            pooled = (evidence * cells).logsumexp(dim=(1, 2)) - math.log(cells)
+        return Evidence(pooled + self.classifier.bias, evidence)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -136,4 +158,6 @@ Network = EvidenceNet | HybridNet
 
 def network_of(architecture: str) -> Network:
     """Return a network with random weights by its name in a card."""
-    return HybridNet() if architecture == "densenet121-transformer" else EvidenceNet()
+    if architecture == "densenet121-transformer":
+        return HybridNet()
+    return EvidenceNet("log-sum-exp" if architecture == "densenet121-lse" else "mean")

@@ -66,6 +66,7 @@ _BUNDLED_FILE = BUNDLED / "generalist.safetensors"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAMES = {
     "densenet121": "DenseNet-121",
+    "densenet121-lse": "DenseNet-121",
     "densenet121-transformer": "DenseNet-121 with a Transformer encoder",
 }
 _NAMED = 5  # wrong tensors that a message names; the rest is counted

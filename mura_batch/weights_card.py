@@ -18,7 +18,7 @@ Origin = Literal["bundled", "published", "imported", "trained"]
 PointName = Literal["balanced", "high_sensitivity", "high_specificity"]
 
 ARCHITECTURE = "densenet121"
-ARCHITECTURES = (ARCHITECTURE, "densenet121-transformer")
+ARCHITECTURES = (ARCHITECTURE, "densenet121-lse", "densenet121-transformer")
 _DECIDING = (
     "area",
     "target",

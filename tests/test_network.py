@@ -109,6 +109,39 @@ def test_map_is_pytorch_grad_cams(
     np.testing.assert_allclose(scale_cam_image(scaled), theirs, atol=2e-4)
 
 
+class LogSumExp(nn.Module):
+    """A head on every cell, and the logarithm of their mean odds."""
+
+    def __init__(self, head: nn.Linear, sign: int) -> None:
+        super().__init__()
+        self.cells = nn.Conv2d(head.in_features, 1, 1)
+        state = {"weight": head.weight[:, :, None, None], "bias": head.bias}
+        self.cells.load_state_dict({name: sign * tensor for name, tensor in state.items()})
+
+    def forward(self, activations: Tensor) -> Tensor:
+        odds: Tensor = self.cells(activations).double().exp().mean(dim=(2, 3))
+        return odds.log().float()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_map_under_log_sum_exp_is_torchcams_grad_cam(
+    network: EvidenceNet, films: Tensor, ours: Evidence, sign: int
+) -> None:
+    turned = {n: sign * t if "classifier" in n else t for n, t in network.state_dict().items()}
+    pooling = EvidenceNet("log-sum-exp").eval()
+    pooling.load_state_dict(turned)
+    with torch.no_grad():
+        found = pooling(films)
+    head = LogSumExp(network.classifier, sign)
+    chain = nn.Sequential(network.features, nn.ReLU(), head).eval()
+    with GradCAM(chain, target_layer=chain[1]) as extractor:
+        logits = chain(films)
+        (theirs,) = extractor(0, logits, normalized=False)
+    torch.testing.assert_close(found.logit, logits.detach()[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(functional.relu(found.map), theirs.detach(), atol=1e-6, rtol=1e-4)
+    assert (found.logit - ours.logit * sign).abs().min() > 1e-3  # another pooling than the mean
+
+
 def test_the_map_of_an_image_does_not_depend_on_its_batch(
     network: EvidenceNet, films: Tensor, ours: Evidence
 ) -> None:

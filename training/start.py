@@ -17,7 +17,7 @@ from torchvision.models import DenseNet121_Weights, densenet121
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
 from mura_batch.weights import Card, bundled_card, fitted, load_bundled, read_card
-from mura_batch.weights_card import ARCHITECTURES
+from mura_batch.weights_card import ARCHITECTURE
 from training.run_folder import read_settings
 from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
 
@@ -99,7 +99,8 @@ def _of_file(file: Path) -> Mapping[str, Tensor]:
     named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
     if not (named and all(isinstance(tensor, Tensor) for tensor in state.values())):
         raise Misconfigured(f"{file} holds no tensors by name: give a network's state.")
-    architecture = ARCHITECTURES["encoder.layers.0.linear1.weight" in state]
+    hybrid = "encoder.layers.0.linear1.weight" in state
+    architecture = "densenet121-transformer" if hybrid else ARCHITECTURE
     try:
         return fitted(state, architecture).state_dict()
     except WeightsRefused as exc:

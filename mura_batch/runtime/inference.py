@@ -23,8 +23,8 @@ class Inference:
 
     Attributes:
         logits: float32, shape (N,); the sigmoid is the probability of the target.
-        maps: float32, shape (N, h, w); signed evidence in logit units, whose sum over space
-            is the logit without the classifier's bias (see :mod:`mura_batch.network`).
+        maps: float32, shape (N, h, w); signed evidence in logit units (see
+            :mod:`mura_batch.network`).
     """
 
     logits: NDArray[np.float32]

@@ -88,9 +88,15 @@ def openvino_model(network: EvidenceNet, spec: Preprocessing) -> openvino.Model:
     weight = network.classifier.weight.detach().numpy()[:, :, None, None]
     evidence = op.convolution(activations, _constant(weight), [1, 1], [0, 0], [0, 0], [1, 1])
     cells = math.prod(evidence.output(0).shape[2:])
-    maps = op.divide(op.squeeze(evidence, _indices([1])), _constant(np.float32(cells)))
-    bias = _constant(network.classifier.bias.detach().numpy())
-    logits = op.add(op.reduce_sum(maps, _indices([1, 2])), bias)
+    evidence = op.squeeze(evidence, _indices([1]))
+    maps = op.divide(evidence, _constant(np.float32(cells)))
+    if network.pooling == "mean":
+        pooled = op.reduce_sum(maps, _indices([1, 2]))
+    else:
+        most = op.reduce_max(evidence, _indices([1, 2]), keep_dims=True)  # or exp would overflow
+        odds = op.reduce_mean(op.exp(op.subtract(evidence, most)), _indices([1, 2]))
+        pooled = op.add(op.squeeze(most, _indices([1, 2])), op.log(odds))
+    logits = op.add(pooled, _constant(network.classifier.bias.detach().numpy()))
     return openvino.Model([logits, maps], [films], "evidence")
 
 
