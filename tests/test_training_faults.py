@@ -21,9 +21,10 @@ from training.crossval import Record, cross_validate
 from training.evaluate import score_films
 from training.fit import LossIsNoNumber, fit
 from training.prepared import prepared
-from training.run_folder import read_settings
+from training.run_folder import described, read_settings, state_digest
 from training.settings import Stage
 from training.sources import fracatlas
+from training.start import state_of
 
 QUICK = replace(TINY, head_epochs=0, stages=(Stage(64, 1),), patience=None)
 
@@ -128,6 +129,24 @@ def test_a_start_that_may_have_seen_the_folds_is_told_of(atlas: Path, tmp_path: 
         )
         assert done.returncode == 0, done.stderr
         assert ("was not trained without 1" in done.stderr) is told
+
+
+def test_each_fold_goes_on_from_a_network_of_its_own(atlas: Path, tmp_path: Path) -> None:
+    data, run = fracatlas.read(atlas), tmp_path / "second"
+    cross_validate(data, tmp_path / "first", QUICK, folds=["0", "1"], workers=0)
+    start = tmp_path / "first/fold-{fold}/network.pt"
+    options = ("--settings", tmp_path / "first/fold-0/run.json", "--workers", 0)
+    done = training("cross-validate", atlas, run, "--start", start, *options)
+    assert done.returncode == 0, done.stderr
+    assert "was not trained without" not in done.stderr
+    assert Record.read(run / "record.json").start == str(start)
+    for name in ("0", "1"):
+        before = state_of(str(start).replace("{fold}", name))
+        assert before is not None
+        assert described(run / f"fold-{name}")["start"] == state_digest(before)
+    refused = training("cross-validate", atlas, run, "--start", start)
+    assert refused.returncode == 2
+    assert "needs --settings" in refused.stderr
 
 
 def test_weights_that_give_no_number_are_neither_kept_nor_measured(

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured
 from mura_batch.runtime import Runtime, load
@@ -25,6 +23,9 @@ from training.localisation import Localised
 from training.metrics import auc_of
 from training.run_folder import described, read_settings, read_state, write_json
 from training.settings import FitSettings, settings_of
+from training.start import state_of
+
+FOLD = "{fold}"  # in what training starts with: the name of the fold that is held out
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +133,19 @@ def cross_validate(
     *,
     folds: Collection[str],
     areas: Collection[str] = tuple(Area),
-    start: Mapping[str, Tensor] | None = None,
-    begins: str = "nothing",
+    start: str = "nothing",
     device: str = "cpu",
     workers: int = 2,
 ) -> Record:
     """Train without each fold and score it; write ``run/record.json`` after each.
 
-    Films of other ``areas`` are trained on, not scored. A run that was cut off goes on; folds that
-    the record has already stay in it.
+    Films of other ``areas`` are trained on, not scored. ``start`` is as for
+    :func:`training.start.state_of`; a ``{fold}`` in it stands for the fold's name. A run that was
+    cut off goes on; folds that the record has already stay in it.
 
     Raises:
         Misconfigured: a fold has no films of the areas or one cannot be read, and as for
-            :func:`training.fit.fit`.
+            :func:`training.start.state_of` and :func:`training.fit.fit`.
     """
     data.has_splits(folds)
     films_of = {
@@ -155,10 +156,13 @@ def cross_validate(
         raise Misconfigured(f"No film of these areas is in the fold {empty[0]!r}.")
     first, *_ = films_of.values()  # those of the others are read before the first is scored
     check_readable(first, settings.preprocessing)
-    record = Record(settings, begins, data.target, tuple(areas), (), ())
+    starts = {name: state_of(start.replace(FOLD, name)) for name in films_of}
+    record = Record(settings, start, data.target, tuple(areas), (), ())
     for name, films in films_of.items():
         own = run / f"fold-{name}"
-        fit(data, own, settings, held_out=[name], start=start, device=device, workers=workers)
+        fit(
+            data, own, settings, held_out=[name], start=starts[name], device=device, workers=workers
+        )
         scores = score_run(own, films, device)
         record = _joined(run / "record.json", record, _fold(name, own), scores)
         write_json(record.to_json(), run / "record.json", indent=None)

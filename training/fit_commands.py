@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +15,6 @@ from mura_batch.weights_card import ARCHITECTURES
 from training.sources import read
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from training.dataset import Dataset
     from training.settings import FitSettings
 
@@ -79,13 +77,13 @@ class _Asked(NamedTuple):
 
     data: Dataset
     settings: FitSettings
-    start: Mapping[str, Tensor] | None
+    start: str
 
 
 def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
     """Read data and settings; ``base`` stands in for the settings that suit the start."""
     from training.run_folder import read_settings
-    from training.start import settings_for, state_of
+    from training.start import settings_for
 
     click.echo(NOTICE, err=True)
     data = read(options.pop("path"), options.pop("labels")).checked()
@@ -104,7 +102,7 @@ def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
         settings = replace(settings, **given)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-    return _Asked(data, settings, state_of(start))
+    return _Asked(data, settings, start)
 
 
 def _warn_of_seen(start: str, splits: Iterable[str]) -> None:
@@ -158,9 +156,17 @@ def fit_command(
 
 def _fit(asked: _Asked, run: Path, held_out: tuple[str, ...], workers: int, device: str) -> None:
     from training.fit import fit
+    from training.start import state_of
 
-    data, settings, start = asked
-    fit(data, run, settings, held_out=held_out, start=start, device=device, workers=workers)
+    fit(
+        asked.data,
+        run,
+        asked.settings,
+        held_out=held_out,
+        start=state_of(asked.start),
+        device=device,
+        workers=workers,
+    )
     click.echo(f"written to {run / 'network.pt'}", err=True)
 
 
@@ -174,29 +180,33 @@ def cross_validate_command(
     """Train without each fold of PATH in turn, score it, and write RUN/record.json.
 
     Folds are the splits that PATH states, else five of its patients. A run that was cut off goes
-    on. What training starts with must not have seen the folds: `pretrain --held-out`, for each.
+    on. What training starts with must not have seen the folds: `pretrain --held-out`, for each. A
+    {fold} in --start stands for the fold's name, so that each goes on from a network of its own.
 
     \b
     python -m training cross-validate fracatlas runs/generalist --start runs/trunk/network.pt
     """
-    from training.crossval import cross_validate, study_figures
+    from training.crossval import FOLD, cross_validate, study_figures
     from training.folds import folded
 
-    begins, areas = options["start"], options["area"] or tuple(Area)
+    if FOLD in options["start"] and not options["settings"]:
+        raise click.UsageError("A start for each fold needs --settings.")
+    areas = options["area"] or tuple(Area)
     data, settings, start = _asked(options)
     folds = sorted({film.split for film in data.films} - {""})
     if len(folds) <= 1:
         data = folded(data, _FOLDS, settings.seed)
         folds = [str(number) for number in range(_FOLDS)]
-    _warn_of_seen(begins, fold or folds)
+    named = fold or folds
+    for of_fold in dict.fromkeys(start.replace(FOLD, name) for name in named):
+        _warn_of_seen(of_fold, [name for name in named if start.replace(FOLD, name) == of_fold])
     record = cross_validate(
         data,
         run,
         settings,
-        folds=fold or folds,
+        folds=named,
         areas=areas,
         start=start,
-        begins=begins,
         device=device,
         workers=workers,
     )
@@ -243,6 +253,7 @@ def search_command(
     python -m training search MURA-v1.1 runs/wrist-search --area XR_WRIST --held-out valid
     """
     from training.search import search
+    from training.start import state_of
 
     _warn_of_seen(options["start"], held_out)
     data, settings, start = _asked(options)
@@ -253,7 +264,7 @@ def search_command(
         trials=trials,
         folds=folds,
         held_out=held_out,
-        start=start,
+        start=state_of(start),
         device=device,
         jobs=jobs,
     )
