@@ -36,7 +36,7 @@ from training.fit import divide, fit
 from training.loader import Drawn
 from training.metrics import Cases
 from training.objectives import film_weights
-from training.optimisation import parameter_groups
+from training.optimisation import parameter_groups, warm_cosines
 from training.prepared import Prepared
 from training.publish import publish_bundled
 from training.run_folder import alone_in, write_json
@@ -259,6 +259,20 @@ def test_blocks_learn_more_slowly_the_deeper_they_lie() -> None:
     assert all(p.ndim > 1 for group in groups if group["weight_decay"] for p in group["params"])
     head = parameter_groups(network, FitSettings(), "head")
     assert sum(len(group["params"]) for group in head) == 2
+
+
+@given(st.lists(st.integers(2, 300), min_size=1, max_size=3))
+def test_each_stage_learns_at_a_rate_that_rises_and_falls(stages: list[int]) -> None:
+    factor, first = warm_cosines(stages), 0
+    for steps in stages:
+        rates = [factor(step) for step in range(first, first + steps)]
+        height = rates.index(1.0)
+        assert rates[: height + 1] == sorted(rates[: height + 1])
+        assert rates[height:] == sorted(rates[height:], reverse=True)
+        assert height <= steps / 10 + 1
+        assert rates[-1] <= 0.5 or steps == 2
+        first += steps
+    assert factor(first) == pytest.approx(0, abs=1e-9)
 
 
 def test_classes_weigh_as_much_as_the_other_has_films() -> None:

@@ -35,7 +35,7 @@ from training.folds import fold_numbers
 from training.loader import Draw, Drawn
 from training.metrics import roc_auc
 from training.objectives import film_weights, outside, regions_and_views, unsteady
-from training.optimisation import parameter_groups, warm_cosine
+from training.optimisation import parameter_groups, warm_cosines
 from training.prepared import Prepared, prepared
 from training.run_folder import (
     alone_in,
@@ -271,9 +271,10 @@ class _Trainer:
         groups = parameter_groups(self._network, self._settings, phase)
         groups.append({"params": list(self._joint.parameters()), "lr": groups[0]["lr"]})
         self._optimiser = torch.optim.AdamW(groups, fused=self._device.type != "mps")
-        epochs = sum(epoch.phase == phase for epoch in self._plan)
-        steps = epochs * (len(self._labels) // self._settings.batch)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, warm_cosine(steps))
+        stages = [stage.epochs for stage in self._settings.stages]
+        epochs = [self._settings.head_epochs] if phase == "head" else stages
+        steps = [count * (len(self._labels) // self._settings.batch) for count in epochs]
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, warm_cosines(steps))
 
     def _pass(self, number: int, epoch: _Epoch) -> float:
         """Train on every film once, drawn anew; return the mean loss."""

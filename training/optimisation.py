@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -38,11 +40,19 @@ def parameter_groups(
     return groups
 
 
-def warm_cosine(steps: int) -> Callable[[int], float]:
-    """Return the learning rate's factor per step: a short rise, then half a cosine to 0."""
-    warm = max(1, steps // 20)
+def warm_cosines(stages: Sequence[int]) -> Callable[[int], float]:
+    """Return the learning rate's factor per step, over stages of so many steps.
+
+    Each stage begins with a short rise, then falls by half a cosine to 0: what changes with it
+    (crops to whole films) is learned at a rate of its own. After I. Loshchilov and F. Hutter,
+    "SGDR", ICLR 2017.
+    """
+    ends = list(accumulate(stages))
 
     def factor(step: int) -> float:
+        stage = min(bisect_right(ends, step), len(ends) - 1)
+        steps, step = stages[stage], step - (ends[stage] - stages[stage])
+        warm = max(1, steps // 20)
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))

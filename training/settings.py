@@ -84,8 +84,8 @@ class FitSettings:
         head_epochs: of phase one, in which only the classifier learns, at ``head_rate``.
         stages: of phase two, one after the other: small inputs cost a fraction of the time, the
             last stage has the size that scoring uses.
-        rate: of the classifier in phase two; each block below learns at ``block_decay`` of the
-            rate of the one above.
+        rate: of the classifier at each stage's height, from which it falls to 0; each block below
+            learns at ``block_decay`` of the rate of the one above.
         imbalance: ``mura`` weighs each class by the other's share, as the MURA paper does;
             ``balanced`` draws both equally often.
         augmentation: see :func:`training.loader.augmentation`.
