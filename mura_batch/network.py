@@ -1,4 +1,4 @@
-"""DenseNet-121 with one logit, and its Grad-CAM out of the same forward pass; and two kin of it.
+"""DenseNet-121 with one logit, and its Grad-CAM out of the same forward pass; and a hybrid.
 
 With ``A = ReLU(F)`` the last feature map of shape (N, 1024, h, w), ``w_k`` the classifier's
 weights and ``b`` its bias, global average pooling makes
@@ -22,7 +22,9 @@ whose mean over them is ``1 / (h·w)``: so Grad-CAM is ``ReLU(M)`` here too, out
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -155,9 +157,13 @@ def _positions(height: int, width: int) -> Tensor:
 
 Network = EvidenceNet | HybridNet
 
+_MAKERS: dict[str, Callable[[], Network]] = {
+    "densenet121": EvidenceNet,
+    "densenet121-lse": partial(EvidenceNet, "log-sum-exp"),
+    "densenet121-transformer": HybridNet,
+}
+
 
 def network_of(architecture: str) -> Network:
-    """Return a network with random weights by its name in a card."""
-    if architecture == "densenet121-transformer":
-        return HybridNet()
-    return EvidenceNet("log-sum-exp" if architecture == "densenet121-lse" else "mean")
+    """Return a network with random weights by its name in a card (``ARCHITECTURES`` there)."""
+    return _MAKERS[architecture]()

@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -88,7 +89,7 @@ def test_a_cut_off_run_goes_on_to_the_same_network(
         fit(data, tmp_path / "cut", replace(TINY, rate=1.0), held_out=["0"])
 
 
-@pytest.mark.skipif(
+@pytest.mark.skipif(  # no CPU adds in any order, which is what makes the two runs differ
     not torch.cuda.is_available(), reason="no CUDA device here: only one shows how far it drifts"
 )
 def test_a_cut_off_run_goes_on_to_nearly_the_same_network_on_a_gpu(
@@ -270,7 +271,7 @@ def test_each_stage_learns_at_a_rate_that_rises_and_falls(stages: list[int]) -> 
         assert rates[: height + 1] == sorted(rates[: height + 1])
         assert rates[height:] == sorted(rates[height:], reverse=True)
         assert height <= steps / 10 + 1
-        assert rates[-1] <= 0.5 or steps == 2
+        assert rates[-1] <= (math.pi / steps) ** 2  # what a cosine has left before its last step
         first += steps
     assert factor(first) == pytest.approx(0, abs=1e-9)
 

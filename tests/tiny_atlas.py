@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from PIL import Image
 from site_home import film
 
 from mura_batch.preprocessing import Preprocessing
@@ -20,6 +21,14 @@ TINY = FitSettings(
 )
 
 
+def turned_film(target: Path, number: int) -> None:
+    """Write a real film, turned so that a network sees another one for each number."""
+    film(target, number, size=96)
+    with Image.open(target) as picture:
+        turned = picture.rotate(13 * number)
+    turned.save(target)
+
+
 def write_atlas(root: Path, films: int = 20) -> Path:
     """Write hand films, two an exam, in two folds, one film of a trunk and one of a leg."""
     root.mkdir(exist_ok=True)
@@ -28,14 +37,14 @@ def write_atlas(root: Path, films: int = 20) -> Path:
         table.writerow(["image_id", "exam", "area", "fractured", "fold"])
         for number in range(films):
             name = f"IMG{number:07}.png"
-            film(root / "images" / name, number, size=96)
+            turned_film(root / "images" / name, number)
             exam = number // 2
             table.writerow([name, f"{exam:04}", "XR_HAND", int(exam % 3 == 0), exam % 2])
-        film(root / "images/IMG9.png", 98, size=96)
+        turned_film(root / "images/IMG9.png", 98)
         table.writerow(["IMG9.png", "9999", "NONE", 0, 0])
     with (root / "other.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(["image_id", "region", "fractured"])
         table.writerow(["leg.png", "leg", 0])
-    film(root / "other" / "leg.png", 99, size=96)
+    turned_film(root / "other" / "leg.png", 99)
     return root

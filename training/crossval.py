@@ -154,15 +154,14 @@ def cross_validate(
     }
     if empty := [name for name, films in films_of.items() if not films]:
         raise Misconfigured(f"No film of these areas is in the fold {empty[0]!r}.")
+    begins = {name: start.replace(FOLD, name) for name in films_of}
+    states = {how: state_of(how) for how in dict.fromkeys(begins.values())}
     first, *_ = films_of.values()  # those of the others are read before the first is scored
     check_readable(first, settings.preprocessing)
-    starts = {name: state_of(start.replace(FOLD, name)) for name in films_of}
     record = Record(settings, start, data.target, tuple(areas), (), ())
     for name, films in films_of.items():
-        own = run / f"fold-{name}"
-        fit(
-            data, own, settings, held_out=[name], start=starts[name], device=device, workers=workers
-        )
+        own, state = run / f"fold-{name}", states[begins[name]]
+        fit(data, own, settings, held_out=[name], start=state, device=device, workers=workers)
         scores = score_run(own, films, device)
         record = _joined(run / "record.json", record, _fold(name, own), scores)
         write_json(record.to_json(), run / "record.json", indent=None)

@@ -198,8 +198,11 @@ def cross_validate_command(
         data = folded(data, _FOLDS, settings.seed)
         folds = [str(number) for number in range(_FOLDS)]
     named = fold or folds
-    for of_fold in dict.fromkeys(start.replace(FOLD, name) for name in named):
-        _warn_of_seen(of_fold, [name for name in named if start.replace(FOLD, name) == of_fold])
+    if FOLD in start:
+        for name in named:
+            _warn_of_seen(start.replace(FOLD, name), [name])
+    else:
+        _warn_of_seen(start, named)
     record = cross_validate(
         data,
         run,

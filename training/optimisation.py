@@ -51,10 +51,11 @@ def warm_cosines(stages: Sequence[int]) -> Callable[[int], float]:
 
     def factor(step: int) -> float:
         stage = min(bisect_right(ends, step), len(ends) - 1)
-        steps, step = stages[stage], step - (ends[stage] - stages[stage])
+        steps = stages[stage]
+        done = step - (ends[stage] - steps)
         warm = max(1, steps // 20)
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+        if done < warm:
+            return (done + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warm) / max(1, steps - warm))))
 
     return factor

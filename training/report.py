@@ -314,7 +314,7 @@ def _pdf(page: Path) -> Iterator[Path]:
     target = page.with_suffix(".pdf")
     target.unlink(missing_ok=True)
     if found := shutil.which(_CONVERTER):
-        done = subprocess.run(  # noqa: S603 - no shell; a program of this machine, two paths
+        done = subprocess.run(  # noqa: S603 - a list without a shell: the converter that PATH has, two own paths
             [found, str(page), str(target)], capture_output=True, text=True, check=False
         )
         if done.returncode:
