@@ -28,7 +28,10 @@ SAMPLES = Path(__file__).parent.parent / "mura_batch" / "samples"
 
 @pytest.fixture(scope="module")
 def network() -> EvidenceNet:
-    return load_bundled(Area.XR_HAND)[0]
+    """Trained weights, pooled by the mean as published."""
+    pooled = EvidenceNet().eval()
+    pooled.load_state_dict(load_bundled(Area.XR_HAND)[0].state_dict())
+    return pooled
 
 
 @pytest.fixture(scope="module")

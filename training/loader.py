@@ -93,14 +93,18 @@ class Drawn(torch.utils.data.Dataset[Draw]):
             if label:
                 label, counts = _shows(boxes, window, len(film)) if boxes else (1, 0)
             film, mask = film[window], mask[window]
+        images: list[Tensor] = [Image(torch.from_numpy(film.copy())[None])]
+        if mask.any():
+            images.append(Mask(torch.from_numpy(mask)[None]))
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
-            seen, marked = self._change(
-                Image(torch.from_numpy(film.copy())[None]),
-                Mask(torch.from_numpy(mask)[None]),
-            )
+            # Not torch.manual_seed: it looks at every device for each film.
+            torch.default_generator.manual_seed(int(seeds.generate_state(1)[0]))
+            seen, *marked = self._change(images)
         cells = self._size // CELL
-        shares = torch.nn.functional.adaptive_avg_pool2d(marked.as_subclass(Tensor).float(), cells)
+        shares = torch.zeros(1, cells, cells)
+        if marked:
+            marks = marked[0].as_subclass(Tensor).float()
+            shares = torch.nn.functional.adaptive_avg_pool2d(marks, cells)
         return Draw(
             seen.as_subclass(Tensor)[0],
             shares[0],

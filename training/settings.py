@@ -147,8 +147,9 @@ LIMB = Preprocessing(size=320, crop="foreground", fit="pad", decode="reduced")
 # Whole films from a trunk, crops of them first: small fractures are 20 pixels wide in them.
 LIMB_FILMS = FitSettings(
     LIMB,
-    head_epochs=1,
-    stages=(Stage(128, 8, crops=True), Stage(320, 4, frozen=2)),
+    "densenet121-lse",
+    head_epochs=0,
+    stages=(Stage(96, 24, crops=True), Stage(320, 2, frozen=2)),
     rate=5e-4,
     block_decay=0.9,
     imbalance="balanced",
@@ -157,16 +158,10 @@ LIMB_FILMS = FitSettings(
 )
 
 # The whole way from nothing, without a trunk.
-FROM_NOTHING = replace(
-    LIMB_FILMS,
-    head_epochs=0,
-    stages=(Stage(128, 16, crops=True), Stage(320, 4, frozen=2)),
-    rate=1e-3,
-    block_decay=1.0,
-)
+FROM_NOTHING = replace(LIMB_FILMS, rate=1e-3, block_decay=1.0)
 
 # A trunk: crops alone, because most films are wide and a fracture small.
-TRUNK = replace(FROM_NOTHING, stages=(Stage(128, 12, crops=True),), inside=0.2, joint=0.3, batch=32)
+TRUNK = replace(FROM_NOTHING, stages=(Stage(96, 10, crops=True),), joint=0.3, batch=32)
 
 
 def two_phases(spec: Preprocessing, architecture: str) -> FitSettings:
