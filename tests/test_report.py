@@ -89,6 +89,15 @@ def test_the_note_says_what_the_records_say(made: Path, tmp_path: Path) -> None:
             assert min(film.size) > 100
 
 
+def test_films_of_folds_without_a_network_are_not_drawn(made: Path, tmp_path: Path) -> None:
+    whole = Record.read(made / "records/generalist.json")
+    films = fracatlas.read(made / "atlas").films
+    shutil.copytree(made / "runs/generalist/fold-1", tmp_path / "runs/fold-1")
+    only = [film for film in films if film.split == "1"]
+    draw(whole, only, tmp_path / "runs", tmp_path / "figures")
+    assert len(list((tmp_path / "figures").glob("*.jpg"))) == 5
+
+
 def test_the_same_records_make_the_same_note(made: Path, tmp_path: Path) -> None:
     for folder in ("one", "other"):
         write_note(made / "records", tmp_path / folder)
@@ -116,8 +125,11 @@ def test_records_that_are_missing_or_damaged_are_named(made: Path, tmp_path: Pat
     lost = tuple(
         replace(one, film=replace(one.film, study=f"x{one.film.study}")) for one in whole.scores
     )
+    films, runs = fracatlas.read(made / "atlas").films, made / "runs/generalist"
     with pytest.raises(Misconfigured, match="no film IMG"):
-        draw(replace(whole, scores=lost), fracatlas.read(made / "atlas").films, tmp_path, tmp_path)
+        draw(replace(whole, scores=lost), films, runs, tmp_path)
+    with pytest.raises(Misconfigured, match="no network of the record's folds"):
+        draw(whole, films, tmp_path, tmp_path)
     negative = tuple(one for one in whole.scores if not one.film.label)
     write_json(replace(whole, scores=negative).to_json(), records / "generalist.json")
     with pytest.raises(Misconfigured, match="one label only"):

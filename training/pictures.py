@@ -47,14 +47,14 @@ class _Seen(NamedTuple):
 def draw(record: Record, films: Sequence[Film], run: Path, folder: Path) -> None:
     """Draw some films of each group that decisions end in, a JPEG a group.
 
-    ``run`` is the cross-validation's folder: a film is seen by the network that was trained
-    without its fold.
+    ``run`` is the cross-validation's folder, or holds some of its folds: a film is seen by the
+    network that was trained without its fold.
 
     Raises:
-        Misconfigured: a film or a network cannot be read.
+        Misconfigured: a film or a network cannot be read, or there is none.
     """
     known = {film.identity: film for film in films}
-    chosen = _chosen(record)
+    chosen = _chosen(record, run)
     if missing := [one.film.name for one in chosen if one.film.identity not in known]:
         raise Misconfigured(f"These data have no film {missing[0]} of the record: name its data.")
     chosen = [one._replace(film=known[one.film.identity]) for one in chosen]
@@ -73,14 +73,18 @@ def draw(record: Record, films: Sequence[Film], run: Path, folder: Path) -> None
         write_atomic(folder / name, partial(figure.savefig, format="jpeg", dpi=80))
 
 
-def _chosen(record: Record) -> list[_Chosen]:
-    """Return of each group the films nearest to its median probability."""
+def _chosen(record: Record, run: Path) -> list[_Chosen]:
+    """Return of each group the films nearest to its median probability, of the folds in ``run``."""
+    there = {fold.name for fold in record.folds if (run / f"fold-{fold.name}/network.pt").exists()}
+    if not there:
+        raise Misconfigured(f"{run} holds no network of the record's folds: name their folder.")
     deciding = deciding_of(record)
     cases = cases_of([[one] for one in record.scores], deciding.calibration)
     groups: defaultdict[str, list[_Chosen]] = defaultdict(list)
     for one, told in zip(record.scores, cases.probabilities.tolist(), strict=True):
-        group = _group(one, positive=told >= deciding.thresholds["balanced"])
-        groups[group].append(_Chosen(group, one.film, told))
+        if one.film.split in there:
+            group = _group(one, positive=told >= deciding.thresholds["balanced"])
+            groups[group].append(_Chosen(group, one.film, told))
     chosen = []
     for some in groups.values():
         middle = float(np.median([one.probability for one in some]))
