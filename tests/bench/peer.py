@@ -6,7 +6,8 @@ For each film: read, resize, forward, backward (Grad-CAM), overlay as PNG, proba
 someone who knows both libraries writes in an hour: one model, loaded once, one forward and one
 backward pass a film (the logit comes out of the same pass), the bundled weights, pooled as
 torchvision pools, their input size, overlays of the same length of side as mura-batch's. It knows
-nothing of crops, areas, batches, crashes or databases. Prints one JSON line: images, seconds of the loop, seconds until the loop.
+nothing of crops, areas, batches, crashes or databases. Prints one JSON line: images, seconds of
+the loop, seconds until the loop.
 """
 
 from __future__ import annotations
