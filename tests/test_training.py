@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import BUNDLED, bundled_card, read_card, read_network
 from training.calibration import cross_fitted_rates, fit_calibration, thresholds
-from training.crossval import Record, score_run, study_figures
+from training.crossval import Fold, Record, join, score_run, study_figures
 from training.dataset import Film, Region
+from training.evaluate import FilmScore
 from training.fit import divide, fit
 from training.loader import Drawn
 from training.metrics import Cases
@@ -167,6 +169,22 @@ def test_each_fold_is_scored_by_a_network_that_never_saw_it(
         one.logit for one in record.scores if one.film.split == "1"
     ]
     assert "all areas: 10 studies, 4 positive, AUC" in done.stdout
+
+
+def test_folds_that_end_at_the_same_time_all_join_the_record(tmp_path: Path) -> None:
+    names = [str(number) for number in range(24)]
+    method = Record(TINY, "nothing", "fracture", ("XR_HAND",), (), ())
+
+    def end(name: str) -> None:
+        film = Film(Path(f"{name}.png"), name, name, "XR_HAND", 1, split=name)
+        fold = Fold(name, 1, "data", 1, (0.5,), {}, 1)
+        join(tmp_path, method, fold, [FilmScore(film, 0.5, None)])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(end, names))
+    record = Record.read(tmp_path / "record.json")
+    assert {fold.name for fold in record.folds} == {*names}
+    assert {score.film.split for score in record.scores} == {*names}
 
 
 def test_a_run_killed_at_any_moment_goes_on(atlas: Path, whole: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, check_re
 from training.fit import fit
 from training.localisation import Localised
 from training.metrics import auc_of
-from training.run_folder import described, read_settings, read_state, write_json
+from training.run_folder import described, in_turn, read_settings, read_state, write_json
 from training.settings import FitSettings, settings_of
 from training.start import state_of
 
@@ -163,23 +163,30 @@ def cross_validate(
         own, state = run / f"fold-{name}", states[begins[name]]
         fit(data, own, settings, held_out=[name], start=state, device=device, workers=workers)
         scores = score_run(own, films, device)
-        record = _joined(run / "record.json", record, _fold(name, own), scores)
-        write_json(record.to_json(), run / "record.json", indent=None)
+        record = join(run, record, _fold(name, own), scores)
     return record
 
 
-def _joined(file: Path, empty: Record, fold: Fold, scores: Sequence[FilmScore]) -> Record:
-    """Return the record in a file with one fold anew; of another method's, this fold alone."""
-    before = Record.read(file) if file.exists() else empty
-    if replace(before, folds=(), scores=()) != replace(empty, folds=(), scores=()):
-        before = empty
-    folds = [one for one in before.folds if one.name != fold.name]
-    kept = [one for one in before.scores if one.film.split != fold.name]
-    return replace(
-        empty,
-        folds=tuple(sorted([*folds, fold], key=lambda one: one.name)),
-        scores=tuple(sorted([*kept, *scores], key=lambda one: one.film.split)),
-    )
+def join(run: Path, method: Record, fold: Fold, scores: Sequence[FilmScore]) -> Record:
+    """Put a fold into ``run/record.json`` and return all of it; other processes wait meanwhile.
+
+    What the file has of ``method`` stays, but for this fold; what it has of another goes.
+    """
+    file = run / "record.json"
+    empty = replace(method, folds=(), scores=())
+    with in_turn(run / "record.lock"):
+        before = Record.read(file) if file.exists() else empty
+        if replace(before, folds=(), scores=()) != empty:
+            before = empty
+        folds = [one for one in before.folds if one.name != fold.name]
+        kept = [one for one in before.scores if one.film.split != fold.name]
+        joined = replace(
+            empty,
+            folds=tuple(sorted([*folds, fold], key=lambda one: one.name)),
+            scores=tuple(sorted([*kept, *scores], key=lambda one: one.film.split)),
+        )
+        write_json(joined.to_json(), file, indent=None)
+    return joined
 
 
 def score_run(run: Path, films: Sequence[Film], device: str = "cpu") -> list[FilmScore]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from mura_batch.network_input import Box
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from training.dataset import Film, Region
+from training.run_folder import in_turn
 
 _HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp
 _CHUNK = 16  # films that a process reads at a time
@@ -74,8 +74,7 @@ def prepared(
     name = f"films-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     file, boxes = folder / f"{name}.npy", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds them read
+    with in_turn(folder / f"{name}.lock"):  # who comes second finds them read
         if not _are_there(file, boxes, len(films)):
             part = file.with_suffix(".part")
             found = _read_all(films, spec, part, workers if len(films) > _FEW else 0)

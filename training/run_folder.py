@@ -47,6 +47,14 @@ def alone_in(run: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_turn(lock: Path) -> Iterator[None]:
+    """Wait until no other process is where this one goes; ``lock`` is a file for this alone."""
+    with lock.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
 def made_of(
     settings: FitSettings,
     films: Sequence[Film],
