@@ -38,7 +38,7 @@ from training.evaluate import FilmScore
 from training.fit import divide, fit
 from training.loader import Drawn
 from training.metrics import Cases
-from training.objectives import film_weights
+from training.objectives import film_order, film_weights
 from training.optimisation import parameter_groups, warm_cosines
 from training.prepared import Prepared
 from training.publish import publish_bundled
@@ -302,6 +302,19 @@ def test_classes_weigh_as_much_as_the_other_has_films() -> None:
     assert film_weights(heavy, "none").tolist() == [2, 2, 2, 2]
 
 
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 50))
+def test_balanced_epochs_show_either_label_as_often_and_all_of_its_films_alike(
+    negative: int, positive: int, seed: int
+) -> None:
+    labels = np.repeat([0, 1], [negative, positive])
+    order = film_order(labels, "balanced", np.random.default_rng(seed))
+    shown = np.bincount(order, minlength=len(labels))
+    assert len(order) == len(labels)
+    assert abs(shown[labels == 0].sum() - shown[labels == 1].sum()) <= 1
+    assert all(np.ptp(shown[labels == label]) <= 1 for label in (0, 1))
+    assert sorted(film_order(labels, "mura", np.random.default_rng(seed))) == [*range(len(labels))]
+
+
 @given(st.integers(0, 50))
 def test_no_patient_stands_on_both_sides(seed: int) -> None:
     films = [
@@ -339,13 +352,14 @@ def test_a_film_is_drawn_alike_whoever_draws_it(tmp_path: Path) -> None:
     np.save(tmp_path / "films.npy", pixels)
     films = Prepared(tmp_path / "films.npy", ((),) * 4)
     one = Drawn(films, [0] * 4, whole=64, strength=1.0, seed=5)
-    one.begin(2, 32)
+    one.begin(2, [3, 0, 1, 3], 32)
     other = copy.deepcopy(one)
     last = other[3].film
     torch.manual_seed(99)
     assert last.shape == (32, 32)
     assert torch.equal(one[3].film, last)
-    other.begin(3, 32)
+    assert not torch.equal(one[0].film, last)  # the same film, drawn anew
+    other.begin(3, [3, 0, 1, 3], 32)
     assert not torch.equal(one[1].film, other[1].film)
 
 
@@ -358,7 +372,7 @@ def test_boxes_go_along_with_what_is_drawn(tmp_path: Path, *, crops: bool) -> No
     drawn = Drawn(
         Prepared(tmp_path / "films.npy", ((box,),) * 40), [1] * 40, whole=160, strength=1.0, seed=2
     )
-    drawn.begin(1, 64, crops=crops)
+    drawn.begin(1, range(40), 64, crops=crops)
     labels = set()
     for draw in (drawn[number] for number in range(40)):
         seen = (draw.film.float() > 60).float().view(2, 32, 2, 32).mean(dim=(1, 3))
@@ -372,7 +386,7 @@ def test_boxes_go_along_with_what_is_drawn(tmp_path: Path, *, crops: bool) -> No
 def test_crops_are_not_drawn_where_no_boxes_say_what_they_show(tmp_path: Path) -> None:
     np.save(tmp_path / "films.npy", np.zeros((2, 40, 40), np.uint8))
     bare = Drawn(Prepared(tmp_path / "films.npy", ((), ())), [0, 1], whole=64, strength=0, seed=1)
-    bare.begin(0, 32, crops=True)
+    bare.begin(0, range(2), 32, crops=True)
     assert [float(bare[n].label) for n in (0, 1)] == [0, 1]
     assert all(bare[n].counts for n in (0, 1))
 

@@ -34,7 +34,7 @@ from training.evaluate import FilmScore, both_labels, by_study, cases_of
 from training.folds import fold_numbers
 from training.loader import Draw, Drawn
 from training.metrics import roc_auc
-from training.objectives import film_weights, outside, regions_and_views, unsteady
+from training.objectives import film_order, film_weights, outside, regions_and_views, unsteady
 from training.optimisation import parameter_groups, warm_cosines
 from training.prepared import Prepared, prepared
 from training.run_folder import (
@@ -217,7 +217,7 @@ class _Trainer:
                     board.add_scalar(name, value, len(self._history))
         if self._ended():
             state = read_state(self._run / "best.pt") if self._aside else self._state()
-            _finite(self._loss_at_the_end(), "the end")
+            _finite(sum(float(tensor.sum()) for tensor in state.values()), "the end")
             losses = [round(told["loss"], 5) for told in self._history]
             outcome = {"seconds": round(self._seconds), "losses": losses}
             write_json(outcome, self._run / "outcome.json")
@@ -259,15 +259,6 @@ class _Trainer:
         save(self._everything(), self._run / "state.pt")
         return told
 
-    @torch.inference_mode()
-    def _loss_at_the_end(self) -> float:
-        """Return the average network's loss on a batch: no step shows what the last one did."""
-        some = [self._drawn[number] for number in range(self._settings.batch)]
-        films = torch.stack([draw.film for draw in some])
-        logits = self._average.module.eval()(self._input(films)).logit.float().cpu()
-        labels = torch.stack([draw.label for draw in some])
-        return float(functional.binary_cross_entropy_with_logits(logits, labels))
-
     def _begin(self, phase: Phase) -> None:
         """Make the phase's optimiser and schedule."""
         self._phase = phase
@@ -282,13 +273,13 @@ class _Trainer:
     def _pass(self, number: int, epoch: _Epoch) -> float:
         """Train on every film once, drawn anew; return the mean loss."""
         self._freeze(epoch)
-        order = self._order(np.random.default_rng([self._settings.seed, number]))
+        rng = np.random.default_rng([self._settings.seed, number])
+        order = film_order(self._labels, self._settings.imbalance, rng)
         margin = CELL if self._settings.steady else 0  # what films are moved by
-        self._drawn.begin(number, epoch.stage.size + margin, crops=epoch.stage.crops)
+        self._drawn.begin(number, order, epoch.stage.size + margin, crops=epoch.stage.crops)
         loader = DataLoader(
             self._drawn,
             self._settings.batch,
-            sampler=order,
             drop_last=True,
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
@@ -350,17 +341,6 @@ class _Trainer:
             wrong = functional.binary_cross_entropy_with_logits(shown.float(), told)
             loss = loss + settings.joint * wrong
         return loss
-
-    def _order(self, rng: np.random.Generator) -> list[int]:
-        """Return the films of an epoch in the order in which they are drawn."""
-        chosen = np.arange(len(self._labels))
-        if self._settings.imbalance == "balanced":
-            half = len(chosen) // 2
-            sides = zip((half, len(chosen) - half), (0, 1), strict=True)
-            drawn = (rng.choice(np.flatnonzero(self._labels == it), count) for count, it in sides)
-            chosen = np.concatenate(list(drawn))
-        order: list[int] = rng.permutation(chosen).tolist()
-        return order
 
     def _input(self, films: Tensor) -> Tensor:
         spec = self._settings.preprocessing

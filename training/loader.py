@@ -41,10 +41,10 @@ class Draw(NamedTuple):
 
 
 class Drawn(torch.utils.data.Dataset[Draw]):
-    """Augmented films of a file of prepared ones; ``whole`` is the input size of whole films.
+    """An epoch's augmented films, in its order; ``whole`` is the input size of whole films.
 
-    What a film becomes depends on the seed, the epoch and its number alone: not on the order, nor
-    on which process draws it.
+    What becomes of a film depends on the seed, the epoch and its place in the order alone, not on
+    which process draws it: one that comes twice in an epoch is drawn anew each time.
     """
 
     def __init__(
@@ -64,29 +64,30 @@ class Drawn(torch.utils.data.Dataset[Draw]):
         self._pixels: NDArray[np.uint8] | None = None
         boxed = [bool(boxes) for boxes, label in zip(films.boxes, labels, strict=True) if label]
         self._boxed = sum(boxed) >= _BOXED * len(boxed)
-        self.begin(0, CELL)
 
-    def begin(self, epoch: int, size: int, *, crops: bool = False) -> None:
-        """Draw as in this epoch, for an input of ``size``.
+    def begin(self, epoch: int, order: Sequence[int], size: int, *, crops: bool = False) -> None:
+        """Draw as in this epoch the films of ``order``, by their numbers, for an input of ``size``.
 
         With ``crops`` parts of the films, if boxes say for most positive ones where to look;
         where none do, the films whole.
         """
         self._epoch = epoch
+        self._order = order
         self._size = size
         self._crops = crops and self._boxed
         self._change = augmentation(size, self._strength)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._order)
 
-    def __getitem__(self, index: int) -> Draw:
+    def __getitem__(self, place: int) -> Draw:
         if self._pixels is None:
             self._pixels = self._films.mapped()
-        seeds = np.random.SeedSequence((self._seed, self._epoch, index))
+        seeds = np.random.SeedSequence((self._seed, self._epoch, place))
         rng = np.random.default_rng(seeds)
-        film, boxes = self._pixels[index], self._films.boxes[index]
-        label, counts = self._labels[index], 1
+        number = self._order[place]
+        film, boxes = self._pixels[number], self._films.boxes[number]
+        label, counts = self._labels[number], 1
         mask = _painted(boxes, film.shape[0])
         if self._crops:
             window = _window(film, boxes, self._size / self._whole, rng)

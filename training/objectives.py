@@ -1,4 +1,4 @@
-"""What a network is made to minimise besides the classification's cross-entropy.
+"""What a network is made to minimise, and how both classes come to count in it.
 
 All of it is differentiable in the one forward pass, because the evidence map is a closed form
 (:mod:`mura_batch.network`).
@@ -6,6 +6,7 @@ All of it is differentiable in the one forward pass, because the evidence map is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from training.dataset import Film
+from training.settings import Imbalance
 
 _FAINT = -15.0  # from here down the logarithm of a softplus is its argument
 
 
-def film_weights(films: Sequence[Film], imbalance: str) -> NDArray[np.float64]:
+def film_weights(films: Sequence[Film], imbalance: Imbalance) -> NDArray[np.float64]:
     """Return how much each film's loss counts.
 
     With ``mura``, of N negative and A positive films, positives count N / (A + N) and negatives
@@ -32,6 +34,30 @@ def film_weights(films: Sequence[Film], imbalance: str) -> NDArray[np.float64]:
     share = positive.mean()
     weights: NDArray[np.float64] = own * np.where(positive, 1 - share, share)
     return weights
+
+
+def film_order(
+    labels: NDArray[np.intp], imbalance: Imbalance, rng: np.random.Generator
+) -> list[int]:
+    """Return the numbers of an epoch's films, as many as there are, in a random order.
+
+    With ``balanced`` as many of either label, and of one label none more than once oftener than
+    another; else each film once.
+    """
+    chosen = np.arange(len(labels))
+    if imbalance == "balanced":
+        half = len(labels) // 2
+        sides = zip((half, len(labels) - half), (0, 1), strict=True)
+        chosen = np.concatenate(
+            [_evenly(np.flatnonzero(labels == label), count, rng) for count, label in sides]
+        )
+    order: list[int] = rng.permutation(chosen).tolist()
+    return order
+
+
+def _evenly(films: NDArray[np.intp], count: int, rng: np.random.Generator) -> NDArray[np.intp]:
+    rounds = [rng.permutation(films) for _ in range(math.ceil(count / len(films)))]
+    return np.concatenate(rounds)[:count]
 
 
 def outside(maps: Tensor, boxes: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def main() -> None:
 def of_bare_steps(prepared: Prepared, settings: FitSettings, device: str, films: int) -> float:
     """Return films per second of steps on one batch that lies ready."""
     drawn = Drawn(prepared, [0] * films, whole=224, strength=1.0, seed=1)
-    drawn.begin(0, 224)
+    drawn.begin(0, range(films), 224)
     batch = torch.stack([drawn[number].film for number in range(settings.batch)]).to(device)
     images = (batch.float()[:, None] / 255).expand(-1, 3, -1, -1)
     images = images.contiguous(memory_format=torch.channels_last)
