@@ -10,11 +10,12 @@ from sklearn import metrics as reference
 
 from training.metrics import (
     Cases,
+    Estimate,
+    auc_of,
     average_precision,
     brier,
     calibration_error,
     difference,
-    estimate,
     figures,
     roc_auc,
 )
@@ -85,7 +86,7 @@ def test_calibration_error_is_the_gap_of_ten_bins_of_equal_mass() -> None:
 
 def test_views_of_one_patient_are_no_further_evidence() -> None:
     def width(cases: Cases) -> float:
-        told = estimate(lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients)
+        told = auc_of(cases)
         return told.high - told.low
 
     once, four_times = made(2), made(2, views=4)
@@ -107,12 +108,23 @@ def test_one_label_alone_has_no_area_under_a_curve() -> None:
     assert told["sensitivity_balanced"].value is not None
 
 
+def test_nothing_is_estimated_from_few_patients() -> None:
+    cases = made()
+    few = np.flatnonzero(cases.labels == 1)[:4]
+    chosen = np.isin(np.arange(len(cases.labels)), few) | (cases.labels == 0)
+    told = figures(cases.only(chosen), {"balanced": 0.5})
+    for name in ("roc_auc", "average_precision", "f1", "kappa", "sensitivity_balanced"):
+        assert told[name] == Estimate(None, None, None)
+    for name in ("brier", "ece", "accuracy", "specificity_balanced"):
+        assert told[name].value is not None
+
+
 def test_a_paired_difference_is_narrower_than_its_parts() -> None:
     cases = made(3)
     noise = np.random.default_rng(4).normal(0, 0.2, len(cases.labels))
     other = Cases(cases.logits + noise, cases.probabilities, cases.labels, cases.patients)
     told = difference(cases, other, roc_auc)
-    alone = estimate(lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients)
+    alone = auc_of(cases)
     assert told.low < told.value < told.high
     assert told.high - told.low < 0.5 * (alone.high - alone.low)
     assert difference(cases, cases, roc_auc).value == 0

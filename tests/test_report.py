@@ -16,7 +16,7 @@ from mura_batch.errors import Misconfigured
 from training.crossval import Record, cross_validate
 from training.data_report import survey
 from training.dataset import Region
-from training.pictures import draw
+from training.pictures import draw, pictures_of
 from training.report import write_note
 from training.run_folder import write_json
 from training.settings import FitSettings, Stage
@@ -95,7 +95,10 @@ def test_films_of_folds_without_a_network_are_not_drawn(made: Path, tmp_path: Pa
     shutil.copytree(made / "runs/generalist/fold-1", tmp_path / "runs/fold-1")
     only = [film for film in films if film.split == "1"]
     draw(whole, only, tmp_path / "runs", tmp_path / "figures")
-    assert len(list((tmp_path / "figures").glob("*.jpg"))) == 5
+    drawn = {path.name for path in (tmp_path / "figures").glob("*.jpg")}
+    assert len(drawn) == 5
+    assert {*pictures_of(whole, tmp_path / "figures")} == drawn
+    assert not pictures_of(replace(whole, start="something else"), tmp_path / "figures")
 
 
 def test_the_same_records_make_the_same_note(made: Path, tmp_path: Path) -> None:

@@ -6,15 +6,19 @@ import json
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from site_home import SAMPLES, Home, make_home
 from tiny_atlas import write_atlas
 
 from mura_batch.area import Area
+from mura_batch.errors import Misconfigured
 from mura_batch.weights import WeightsStore, bundled_card
+from training.dataset import Dataset, Film
 from training.metrics import Estimate
-from training.retrain import MARGIN, not_worse
+from training.retrain import MARGIN, divided, not_worse
 
 
 def stale(home: Home) -> int:
@@ -23,7 +27,7 @@ def stale(home: Home) -> int:
 
 def test_new_weights_are_measured_and_used_when_they_may_be(tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
-    atlas = write_atlas(tmp_path / "atlas", films=72)
+    atlas = write_atlas(tmp_path / "atlas", films=84, views=1)
     shutil.copytree(SAMPLES / "XR_HAND", home.inbox / "XR_HAND")
     assert home.command("watch", "--once").returncode == 0
     arguments = ("retrain", "XR_HAND", "--data", str(atlas), "--epochs", "1")
@@ -52,7 +56,36 @@ def test_new_weights_are_measured_and_used_when_they_may_be(tmp_path: Path) -> N
     assert home.command("models", "rollback", "XR_HAND").returncode == 0
     assert store.require(Area.XR_HAND).sha256 == bundled.sha256
     assert stale(home) == 0
-    assert len(list(training.iterdir())) == 1
+    (run,) = (path for path in training.iterdir() if path.is_dir())
+    assert (training / "aside.json").is_file()
+    kept = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"fit/network.pt", "fit/run.json", "fit/log.csv"} <= kept
+    assert not [name for name in kept if name.endswith((".npy", "state.pt", "best.pt"))]
+
+
+def test_who_was_kept_aside_once_stays_there(tmp_path: Path) -> None:
+    file = tmp_path / "XR_HAND/aside.json"
+    before: dict[str, bool] = {}
+    for count in (60, 61, 90, 300):
+        films = [  # patients are numbered anew each time, as they come
+            Film(Path(), f"s{n}", f"p{count - n}", "XR_HAND", int(n % 3 == 0)) for n in range(count)
+        ]
+        again = [replace(film, study=f"{film.study} of {count}") for film in films[:20]]
+        data, (aside,) = divided(Dataset((*films, *again)), file)
+        now = {film.study: film.split == aside for film in data.films}
+        assert {study: now[study] for study in before if study in now}.items() <= before.items()
+        assert (
+            len(
+                {f.patient for f in data.films if now[f.study]}
+                & {f.patient for f in data.films if not now[f.study]}
+            )
+            == 0
+        )
+        before |= now
+    assert 0.1 < sum(now.values()) / len(now) < 0.3
+    file.write_text("[]")
+    with pytest.raises(Misconfigured, match="restore it"):
+        divided(data, file)
 
 
 def test_weights_that_may_be_worse_are_used_for_a_reason_only(tmp_path: Path) -> None:

@@ -113,16 +113,27 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
 ) -> None:
     data = fracatlas.read(atlas)
     unseen = [film for film in data.films if film.split == "0"]
-    scores = tuple(score_run(whole, unseen))
-    record = Record(TINY, "nothing", data.target, ("XR_HAND",), (), scores)
+    scores = tuple(
+        replace(
+            one,
+            film=replace(one.film, study=f"{one.film.study}-{n}", patient=f"{n}{one.film.patient}"),
+        )
+        for n in range(4)  # else they are too few to estimate anything
+        for one in score_run(whole, unseen)
+    )
+    every = tmp_path / "every"
+    fit(data, every, TINY, workers=0)
+    start = json.loads((every / "run.json").read_text())["start"]
+    fold = Fold("0", start, 10, "data", 1, (0.5,), {}, 1)
+    record = Record(TINY, "nothing", data.target, ("XR_HAND",), (fold,), scores)
     write_json(record.to_json(), tmp_path / "record.json")
     kept = Record.read(tmp_path / "record.json")
     assert kept.settings == TINY
     assert [one.logit for one in kept.scores] == [one.logit for one in scores]
-    assert [one.film.study for one in kept.scores] == [film.study for film in unseen]
+    assert [one.film for one in kept.scores] == [
+        replace(one.film, path=Path(one.film.path.name), where="") for one in scores
+    ]
 
-    every = tmp_path / "every"
-    fit(data, every, TINY, workers=0)
     with pytest.raises(Misconfigured, match="without some folds"):
         publish_bundled(data.films, kept, whole, tmp_path / "bundle")
     file = publish_bundled(data.films, kept, every, tmp_path / "bundle")
@@ -133,7 +144,10 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
         assert read_network(file, card) is not None
     hand = read_card(tmp_path / "bundle/cards/XR_HAND.json")
     assert f"AUC {hand.metrics['study_auc'].value:.3f}" in next(iter(study_figures(kept)))
-    assert hand.metrics["study_auc"].on.startswith("5 studies")
+    assert hand.metrics["study_auc"].on.startswith("20 studies")
+    otherwise = replace(kept, folds=(replace(fold, start="0"),))
+    with pytest.raises(Misconfigured, match="began otherwise"):
+        publish_bundled(data.films, otherwise, every, tmp_path / "b")
     with pytest.raises(Misconfigured, match="other settings"):
         publish_bundled(data.films, replace(kept, settings=FitSettings()), every, tmp_path / "b")
     before = {path: path.read_bytes() for path in (tmp_path / "bundle").rglob("*.*")}
@@ -177,7 +191,7 @@ def test_folds_that_end_at_the_same_time_all_join_the_record(tmp_path: Path) -> 
 
     def end(name: str) -> None:
         film = Film(Path(f"{name}.png"), name, name, "XR_HAND", 1, split=name)
-        fold = Fold(name, 1, "data", 1, (0.5,), {}, 1)
+        fold = Fold(name, "start", 1, "data", 1, (0.5,), {}, 1)
         join(tmp_path, method, fold, [FilmScore(film, 0.5, None)])
 
     with ThreadPoolExecutor(8) as pool:
@@ -410,10 +424,16 @@ def test_a_damaged_run_folder_says_what_to_do(atlas: Path, whole: Path, tmp_path
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "network.pt").unlink()
-    for content in (b"PK damaged", b"", pickled({"history": []}), pickled([1])):
+    state = torch.load(run / "state.pt", weights_only=True)
+    of_another = pickled(state | {"network": {"conv": torch.zeros(1)}})
+    for content in (b"PK damaged", b"", pickled({"history": []}), pickled([1]), of_another):
         (run / "state.pt").write_bytes(content)
-        with pytest.raises(Misconfigured, match=r"state\.pt is damaged: remove it"):
+        with pytest.raises(Misconfigured, match=r"state\.pt is damaged: remove \S*run to begin"):
             fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
+    (run / "network.pt").write_bytes((whole / "network.pt").read_bytes()[:5000])
+    with pytest.raises(Misconfigured, match=r"network\.pt is damaged: remove \S*run to begin"):
+        fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
+    (run / "network.pt").unlink()
     (run / "run.json").write_text("{}")
     with pytest.raises(Misconfigured, match=r"run\.json is damaged"):
         fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
@@ -517,8 +537,7 @@ def scores(seed: int, count: int = 120) -> Cases:
 @given(st.integers(0, 10_000))
 def test_operating_points_reach_what_they_are_named_for(seed: int) -> None:
     made = scores(seed)
-    slope, intercept = fit_calibration(made.logits, made.labels)
-    values = 1 / (1 + np.exp(-(slope * made.logits + intercept)))
+    values = fit_calibration(made.logits, made.labels).probabilities(made.logits)
     points = thresholds(values, made.labels)
     assert (values[made.labels == 1] >= points["high_sensitivity"]).mean() >= 0.9
     assert (values[made.labels == 0] < points["high_specificity"]).mean() >= 0.9
@@ -533,9 +552,17 @@ def test_rates_are_measured_on_patients_that_did_not_set_them() -> None:
 
 
 def test_few_studies_give_rates_or_none() -> None:
-    labels = np.array([0, 0, 0, 1, 0, 1])
-    few = Cases(np.arange(6.0), np.linspace(0.1, 0.9, 6), labels, tuple("abcdef"))
+    labels = np.arange(12) % 2
+    few = Cases(np.arange(12.0), np.linspace(0.1, 0.9, 12), labels, tuple("abcdefghijkl"))
     for seed in range(20):
         assert cross_fitted_rates(few, seed)["balanced"][0].value is not None
-    one = few.only(np.arange(6) < 5)
-    assert cross_fitted_rates(one)["balanced"][0].value is None
+    fewer = few.only(np.arange(12) < 9)
+    assert cross_fitted_rates(fewer)["balanced"][0].value is None
+
+
+def test_rates_of_a_network_that_orders_the_wrong_way_are_those_of_its_decisions() -> None:
+    good = scores(3, 600)
+    wrong = Cases(-good.logits, 1 - good.probabilities, good.labels, good.patients)
+    assert fit_calibration(wrong.logits, wrong.labels) is None
+    sensitivity, specificity = cross_fitted_rates(wrong)["balanced"]
+    assert sensitivity.value + specificity.value < 1.1

@@ -147,7 +147,11 @@ def write_manifest(folder: Path, *changes: dict[str, str]) -> Path:
     for number in range(4):
         film(folder / f"{number}.png", number, size=64)
         row = {"image": f"{number}.png", "study": f"s{number}", "patient": f"p{number}"}
-        row |= {"area": "XR_HAND", "label": str(number % 2), "boxes": "0.5 0.5 0.1 0.2;"}
+        row |= {
+            "area": "XR_HAND",
+            "label": str(number % 2),
+            "boxes": "0.5 0.5 0.1 0.2;" * (number % 2),
+        }
         rows.append(row | {"hardware": "", "weight": "2", "split": "0"})
     for number, change in enumerate(changes):
         rows[number] |= change
@@ -198,8 +202,13 @@ def test_a_manifest_in_csv_and_parquet_is_the_same(tmp_path: Path) -> None:
         ({"area": "XR_FOOT"}, "the area 'XR_FOOT' is none of"),
         ({"patient": ""}, "the column patient is empty"),
         ({"boxes": "0.5 0.5 0.1"}, "not made of x y width height"),
-        ({"boxes": "5 0.5 0.1 0.1"}, "is no share"),
-        ({"weight": "-1"}, "the weight '-1' is not above 0"),
+        ({"boxes": "0.5 0.5 0.1 a"}, "not made of x y width height"),
+        ({"boxes": "5 0.5 0.1 0.1"}, "not inside its film"),
+        ({"boxes": "0.02 0.5 0.9 0.1"}, "not inside its film: x and y are its centre"),
+        ({"boxes": "0.5 0.5 0.1 0.1", "label": "0"}, "a box on a film with the label 0"),
+        ({"hardware": "maybe"}, "the hardware 'maybe' is neither 0 nor 1"),
+        ({"weight": "x"}, "the weight 'x' is no number"),
+        ({"weight": "-1"}, "the weight -1 is not above 0"),
         ({"study": "s1"}, "study s1 (XR_HAND) has the labels 0 and 1"),
         ({"patient": "p1", "split": "1"}, "patient p1 has the splits 1 and 0"),
     ],

@@ -110,6 +110,12 @@ def test_a_record_keeps_the_folds_that_it_has(atlas: Path, tmp_path: Path) -> No
     assert [fold.name for fold in again.folds] == ["0", "1"]
     assert again.to_json() == both.to_json()
     assert Record.read(run / "record.json").to_json() == both.to_json()
+    for other in ({"areas": ["XR_HAND"]}, {"start": "bundled"}):
+        with pytest.raises(
+            Misconfigured, match=rf"of another method \({next(iter(other))} differ\)"
+        ):
+            cross_validate(data, run, QUICK, folds=["1"], workers=0, **other)
+    assert Record.read(run / "record.json").to_json() == both.to_json()
     with pytest.raises(Misconfigured, match="No film of these areas is in the fold ''"):
         cross_validate(data, run, QUICK, folds=[""], workers=0)
     (run / "fold-1/outcome.json").write_text("{")
@@ -129,6 +135,15 @@ def test_a_start_that_may_have_seen_the_folds_is_told_of(atlas: Path, tmp_path: 
         )
         assert done.returncode == 0, done.stderr
         assert ("was not trained without 1" in done.stderr) is told
+    done = training("fit", atlas, tmp_path / "run", "--start", "", "--held-out", "0")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    options = ("--settings", tmp_path / "run/run.json", "--workers", 0, "--held-out", "0")
+    done = training("fit", atlas, tmp_path / "more", "--start", "bundled", *options)
+    assert done.returncode == 0, done.stderr
+    assert "the bundled weights learned FracAtlas" in done.stderr
+    hybrid = ("--architecture", "densenet121-transformer", "--start", tmp_path / "run/network.pt")
+    done = training("fit", atlas, tmp_path / "hybrid", *hybrid, *options)
+    assert "has no encoder, " in done.stderr, done.stderr
 
 
 def test_each_fold_goes_on_from_a_network_of_its_own(atlas: Path, tmp_path: Path) -> None:

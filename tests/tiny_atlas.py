@@ -29,8 +29,8 @@ def turned_film(target: Path, number: int) -> None:
     turned.save(target)
 
 
-def write_atlas(root: Path, films: int = 20) -> Path:
-    """Write hand films, two an exam, in two folds, one film of a trunk and one of a leg."""
+def write_atlas(root: Path, films: int = 20, views: int = 2) -> Path:
+    """Write hand films, ``views`` an exam, in two folds, one film of a trunk and one of a leg."""
     root.mkdir(exist_ok=True)
     with (root / "labels.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
@@ -38,7 +38,7 @@ def write_atlas(root: Path, films: int = 20) -> Path:
         for number in range(films):
             name = f"IMG{number:07}.png"
             turned_film(root / "images" / name, number)
-            exam = number // 2
+            exam = number // views
             table.writerow([name, f"{exam:04}", "XR_HAND", int(exam % 3 == 0), exam % 2])
         turned_film(root / "images/IMG9.png", 98)
         table.writerow(["IMG9.png", "9999", "NONE", 0, 0])

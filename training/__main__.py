@@ -15,6 +15,7 @@ from training.fit_commands import (
     AREA,
     FOLDER,
     FOUND,
+    LABELS,
     cross_validate_command,
     fit_command,
     pretrain,
@@ -44,13 +45,17 @@ def data() -> None:
 
 @data.command("report")
 @click.argument("path", type=FOUND)
-@click.option("--labels", type=FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
+@LABELS
 @click.option("--json", "as_json", is_flag=True, help="All findings, as one JSON object.")
 def data_report(path: Path, labels: Path | None, *, as_json: bool) -> None:
     """Report what PATH holds: counts, contradictions, duplicates, unreadable films.
 
-    PATH is the folder of MURA or FracAtlas, a manifest (.csv or .parquet with image, study,
-    patient, area, label), a folder of DICOM with --labels, or a home with stored labels.
+    PATH is the folder of MURA or FracAtlas, a manifest, a folder of DICOM with --labels, or a home
+    with stored labels.
+
+    A manifest is a .csv or .parquet with the columns image, study, patient, area, label (0 or 1)
+    and, if wanted, split, boxes, hardware (0 or 1), weight. Boxes are `x y width height; …`, of
+    each its centre and its size in shares of the film's width and height.
 
     \b
     python -m training data report MURA-v1.1
@@ -129,7 +134,7 @@ def _table(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
 @training.command("evaluate")
 @click.argument("path", type=FOUND)
 @click.argument("folder", type=FOLDER)
-@click.option("--labels", type=FOUND, help="CSV of labels (study, label) of a folder of DICOM.")
+@LABELS
 @click.option("--home", type=FOUND, help="Home whose weights are used; else the bundled ones.")
 @click.option("--weights", metavar="DIGEST", help="These weights of the home, not its active ones.")
 @click.option("--area", type=AREA, multiple=True, help="This area only (may be given again).")
@@ -154,12 +159,17 @@ def evaluate_command(
     """
     from training.evaluate import evaluate_areas
     from training.evaluation_report import write_report
+    from training.start import of_the_bundled
 
     click.echo(NOTICE, err=True)
     data = read(path, labels).checked().has_splits([] if split is None else [split])
     films = [film for film in data.films if split is None or film.split == split]
     folder.mkdir(parents=True, exist_ok=True)
     found = evaluate_areas(films, area or tuple(Area), home, weights)
+    if home is None:
+        click.echo(of_the_bundled(), err=True)
+    if missing := sorted(set(area) - set(found.cards)):
+        click.echo(f"there are no films of {', '.join(missing)}", err=True)
     if others := {card.target for card in found.cards.values()} - {data.target}:
         click.echo(f"these labels say {data.target}, the weights {' and '.join(others)}", err=True)
     write_report(folder, found, {"data": str(path), "split": split, "target": data.target})

@@ -5,7 +5,7 @@ What is fitted here must come from cases that neither training nor selection saw
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,25 @@ POINTS: tuple[PointName, ...] = get_args(PointName)
 _HIGH = 0.9  # sensitivity or specificity that the two one-sided operating points reach
 
 
-def fit_calibration(logits: Floats, labels: Labels) -> tuple[float, float]:
-    """Return (slope, intercept) of Platt's scaling: calibrated = sigmoid(slope·logit + intercept).
+class Scaling(NamedTuple):
+    """Platt's scaling: calibrated = sigmoid(slope·logit + intercept)."""
+
+    slope: float
+    intercept: float
+
+    def probabilities(self, logits: Floats) -> Floats:
+        """Return what logits amount to."""
+        return 1 / (1 + np.exp(-(self.slope * logits + self.intercept)))
+
+
+def fit_calibration(logits: Floats, labels: Labels) -> Scaling | None:
+    """Return Platt's scaling; None where a higher logit does not speak for the target.
 
     Source: J. Platt, "Probabilistic outputs for support vector machines", 1999.
     """
     model = LogisticRegression(C=1e6).fit(logits[:, None], labels)
-    return float(model.coef_[0, 0]), float(model.intercept_[0])
+    found = Scaling(float(model.coef_[0, 0]), float(model.intercept_[0]))
+    return found if found.slope > 0 else None
 
 
 def thresholds(probabilities: Floats, labels: Labels) -> dict[PointName, float]:
@@ -53,17 +65,17 @@ def _below(values: Floats, thresholds: Floats) -> Floats:
 def cross_fitted_rates(cases: Cases, seed: int = 7) -> dict[PointName, tuple[Estimate, Estimate]]:
     """Return each operating point's (sensitivity, specificity), measured on cases it did not see.
 
-    Calibration and thresholds are fitted on one random half of the patients and applied to the
-    other, and the other way round; the decisions of both halves are pooled. Nothing is measured
-    where a label has one patient only.
+    ``cases`` have no calibration yet. Calibration and thresholds are fitted on one random half of
+    the patients and applied to the other, and the other way round; the decisions of both halves
+    are pooled. Nothing is measured where a label has one patient only.
     """
     first = _half(cases, seed)
     if first is None:
         return dict.fromkeys(POINTS, (Estimate(None, None, None), Estimate(None, None, None)))
     decided = {name: np.zeros(len(cases.labels), bool) for name in POINTS}
     for fitted in (first, ~first):
-        slope, intercept = fit_calibration(cases.logits[fitted], cases.labels[fitted])
-        values = 1 / (1 + np.exp(-(slope * cases.logits + intercept)))
+        how = fit_calibration(cases.logits[fitted], cases.labels[fitted])
+        values = cases.probabilities if how is None else how.probabilities(cases.logits)
         for name, threshold in thresholds(values[fitted], cases.labels[fitted]).items():
             decided[name][~fitted] = values[~fitted] >= threshold
     with_it = cases.labels == 1

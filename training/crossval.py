@@ -6,6 +6,7 @@ seconds, and what each film out of fold got. Reports and cards are made of recor
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from training.run_folder import described, in_turn, read_settings, read_state, w
 from training.settings import FitSettings, settings_of
 from training.start import state_of
 
+_RECORD = "record.json"
 FOLD = "{fold}"  # in what training starts with: the name of the fold that is held out
 
 
@@ -33,6 +35,7 @@ class Fold:
     """One fold of a cross-validation.
 
     Attributes:
+        start: digest of the state that training began with.
         films: that were trained on.
         data: their digest.
         seconds: that the training took.
@@ -42,6 +45,7 @@ class Fold:
     """
 
     name: str
+    start: str
     films: int
     data: str
     seconds: int
@@ -56,7 +60,7 @@ class Record:
 
     Attributes:
         start: what training began with, as it was asked for.
-        areas: whose films were scored.
+        areas: whose films were scored, in order.
         scores: of the films out of fold; their paths are names alone.
     """
 
@@ -77,6 +81,19 @@ class Record:
             "folds": [asdict(fold) for fold in self.folds],
             "scores": [_row(score) for score in self.scores],
         }
+
+    def digest(self) -> str:
+        """Return a digest of all of it."""
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()
+
+    def of_area(self, area: str) -> list[FilmScore]:
+        """Return the scores of an area's films, or those of ``ALL_AREAS``."""
+        return [one for one in self.scores if area in (one.film.area, ALL_AREAS)]
+
+    @property
+    def scored_areas(self) -> tuple[str, ...]:
+        """The areas that scores are of, and ``ALL_AREAS``."""
+        return (*sorted({one.film.area for one in self.scores}), ALL_AREAS)
 
     @classmethod
     def read(cls, file: Path) -> Record:
@@ -144,9 +161,12 @@ def cross_validate(
     cut off goes on; folds that the record has already stay in it.
 
     Raises:
-        Misconfigured: a fold has no films of the areas or one cannot be read, and as for
-            :func:`training.start.state_of` and :func:`training.fit.fit`.
+        Misconfigured: the record is of another method, a fold has no films of the areas or one
+            cannot be read, and as for :func:`training.start.state_of` and
+            :func:`training.fit.fit`.
     """
+    record = Record(settings, start, data.target, tuple(sorted(set(areas))), (), ())
+    _before(run, record)
     data.has_splits(folds)
     films_of = {
         name: [film for film in data.films if film.split == name and film.area in areas]
@@ -158,7 +178,6 @@ def cross_validate(
     states = {how: state_of(how) for how in dict.fromkeys(begins.values())}
     first, *_ = films_of.values()  # those of the others are read before the first is scored
     check_readable(first, settings.preprocessing)
-    record = Record(settings, start, data.target, tuple(areas), (), ())
     for name, films in films_of.items():
         own, state = run / f"fold-{name}", states[begins[name]]
         fit(data, own, settings, held_out=[name], start=state, device=device, workers=workers)
@@ -170,23 +189,39 @@ def cross_validate(
 def join(run: Path, method: Record, fold: Fold, scores: Sequence[FilmScore]) -> Record:
     """Put a fold into ``run/record.json`` and return all of it; other processes wait meanwhile.
 
-    What the file has of ``method`` stays, but for this fold; what it has of another goes.
+    Raises:
+        Misconfigured: it is another method's record.
     """
-    file = run / "record.json"
-    empty = replace(method, folds=(), scores=())
     with in_turn(run / "record.lock"):
-        before = Record.read(file) if file.exists() else empty
-        if replace(before, folds=(), scores=()) != empty:
-            before = empty
+        before = _before(run, method)
         folds = [one for one in before.folds if one.name != fold.name]
         kept = [one for one in before.scores if one.film.split != fold.name]
         joined = replace(
-            empty,
+            before,
             folds=tuple(sorted([*folds, fold], key=lambda one: one.name)),
             scores=tuple(sorted([*kept, *scores], key=lambda one: one.film.split)),
         )
-        write_json(joined.to_json(), file, indent=None)
+        write_json(joined.to_json(), run / _RECORD, indent=None)
     return joined
+
+
+def _before(run: Path, method: Record) -> Record:
+    """Return the record in a folder, one without folds where there is none yet.
+
+    Raises:
+        Misconfigured: it is another method's.
+    """
+    empty = replace(method, folds=(), scores=())
+    if not (run / _RECORD).exists():
+        return empty
+    before = Record.read(run / _RECORD)
+    mine, theirs = (replace(it, folds=(), scores=()).to_json() for it in (method, before))
+    if differing := [name for name in mine if mine[name] != theirs[name]]:
+        raise Misconfigured(
+            f"{run / _RECORD} is of another method ({', '.join(differing)} differ): name another"
+            " folder."
+        )
+    return before
 
 
 def score_run(run: Path, films: Sequence[Film], device: str = "cpu") -> list[FilmScore]:
@@ -216,6 +251,7 @@ def _fold(name: str, run: Path) -> Fold:
         outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
         return Fold(
             name=name,
+            start=made_of["start"],
             films=made_of["films"],
             data=made_of["data"],
             seconds=outcome["seconds"],
@@ -229,8 +265,7 @@ def _fold(name: str, run: Path) -> Fold:
 
 def study_figures(record: Record) -> Iterator[str]:
     """Yield a line of the study level's AUC for each area, and for all."""
-    for area in (*sorted({one.film.area for one in record.scores}), ALL_AREAS):
-        own = [one for one in record.scores if area in (one.film.area, ALL_AREAS)]
-        cases = cases_of(by_study(own), None)
+    for area in record.scored_areas:
+        cases = cases_of(by_study(record.of_area(area)), None)
         count, positive = len(cases.labels), int(cases.labels.sum())
         yield f"{area}: {count} studies, {positive} positive, AUC {auc_of(cases).words()}"

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mura_batch.errors import Misconfigured, Rejected, Transient, listed
+from mura_batch.network_input import Box
+
+Edges = tuple[float, float, float, float]  # left, top, right, bottom
+_SLACK = 0.005  # of a film's side: what rounding may push a box out of it
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A box around a finding, in fractions of the film's width and height, as YOLO writes it."""
+    """A box around a finding: its centre, width and height in shares of the film's, as YOLO writes.
+
+    Raises:
+        ValueError: it reaches out of the film.
+    """
 
     x: float
     y: float
@@ -25,19 +33,42 @@ class Region:
     height: float
 
     def __post_init__(self) -> None:
-        inside = 0 <= self.x <= 1 and 0 <= self.y <= 1
-        if not (inside and 0 < self.width <= 1 and 0 < self.height <= 1):
-            raise ValueError(f"a box of {self.x} {self.y} {self.width} {self.height} is no share")
+        across, down = (self.x, self.width), (self.y, self.height)
+        if not all(
+            side > 0 and side / 2 - _SLACK <= middle <= 1 - side / 2 + _SLACK
+            for middle, side in (across, down)
+        ):
+            raise ValueError(
+                f"a box of {self.x} {self.y} {self.width} {self.height} is not inside its film:"
+                " x and y are its centre, all four are shares of the film's width and height"
+            )
 
     @classmethod
     def parse(cls, text: str) -> tuple[Region, ...]:
         """Return the boxes of ``x y width height; …``; ValueError for anything else."""
-        boxes = [
-            [float(number) for number in box.split()] for box in text.split(";") if box.strip()
-        ]
+        try:
+            boxes = [
+                [float(word) for word in box.split()] for box in text.split(";") if box.strip()
+            ]
+        except ValueError:
+            boxes = [[]]
         if any(len(box) != 4 for box in boxes):  # noqa: PLR2004 - as said
-            raise ValueError(f"{text!r} is not made of x y width height")
+            raise ValueError(f"the boxes {text!r} are not made of x y width height; …")
         return tuple(cls(*box) for box in boxes)
+
+    def within(self, seen: Box, size: tuple[int, int]) -> Edges:
+        """Return its edges as shares of the part ``seen`` of a film of (height, width).
+
+        They lie outside of 0 to 1 where the box reaches out of that part.
+        """
+        height, width = size
+        across, down = seen.right - seen.left, seen.bottom - seen.top
+        return (
+            ((self.x - self.width / 2) * width - seen.left) / across,
+            ((self.y - self.height / 2) * height - seen.top) / down,
+            ((self.x + self.width / 2) * width - seen.left) / across,
+            ((self.y + self.height / 2) * height - seen.top) / down,
+        )
 
 
 @dataclass(frozen=True, slots=True)

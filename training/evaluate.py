@@ -19,6 +19,7 @@ from mura_batch.network_input import Luminance, NetworkInput
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime, load
+from mura_batch.scoring import sigmoid
 from mura_batch.weights import WeightsStore, load_bundled
 from mura_batch.weights_card import Calibration, Card, PointName
 from training.dataset import Film
@@ -227,14 +228,19 @@ def _where(scores: Sequence[FilmScore], deciding: Deciding, area: str) -> Iterat
 
 
 def cases_of(groups: Sequence[Sequence[FilmScore]], calibration: Calibration | None) -> Cases:
-    """Return a case a group of films: the mean logit, and positive where any film is."""
+    """Return a case a group of films: its mean logit, and positive where any film is.
+
+    Its probability is what the product concludes: calibrated from the mean logit, without a
+    calibration the mean of the films' sigmoids.
+    """
     logits = np.array([np.mean([one.logit for one in group]) for group in groups])
-    values = logits
-    if calibration is not None:
-        values = calibration.slope * logits + calibration.intercept
+    if calibration is None:
+        told = [sum(sigmoid(one.logit) for one in group) / len(group) for group in groups]
+    else:
+        told = [sigmoid(calibration.slope * x + calibration.intercept) for x in logits.tolist()]
     return Cases(
         logits,
-        1 / (1 + np.exp(-values)),
+        np.array(told, np.float64),
         np.array([max(one.film.label for one in group) for group in groups], np.int64),
         tuple(group[0].film.patient for group in groups),
     )

@@ -40,6 +40,7 @@ from training.prepared import Prepared, prepared
 from training.run_folder import (
     alone_in,
     compare,
+    damaged,
     made_of,
     read_state,
     save,
@@ -47,6 +48,7 @@ from training.run_folder import (
     write_log,
 )
 from training.settings import CELL, FitSettings, Phase, Stage
+from training.start import shared
 
 _COMPARED = ("settings", "start", "data")  # what makes two runs one
 _FEATURES = 1024  # channels of DenseNet-121's last map
@@ -91,22 +93,20 @@ def fit(
     _begin_with(network, start or {})
     told = made_of(settings, *sides, held_out=held_out, start=network.state_dict())
     compare(told, run / "run.json", _COMPARED)  # before hours of reading
+    if (run / "network.pt").exists():
+        read_state(run / "network.pt")
+        return
     inputs = _prepare(sides, settings.preprocessing, cache or run.parent / "films", workers)
     with alone_in(run):
         if not compare(told, run / "run.json", _COMPARED):
             write_json(told, run / "run.json")
-        if not (run / "network.pt").exists():
-            trainer = _Trainer(
-                network.to(device), settings, sides, inputs, run=run, workers=workers
-            )
-            trainer.train(stop_after)
+        trainer = _Trainer(network.to(device), settings, sides, inputs, run=run, workers=workers)
+        trainer.train(stop_after)
 
 
 def _begin_with(network: Network, start: Mapping[str, Tensor]) -> None:
     """Give a network those tensors that it has too, in the same shape: a trunk, or all of it."""
-    own = network.state_dict()
-    same = {n: t for n, t in start.items() if n in own and own[n].shape == t.shape}
-    network.load_state_dict(same, strict=False)
+    network.load_state_dict(shared(network.state_dict(), start), strict=False)
 
 
 class Sides(NamedTuple):
@@ -387,17 +387,18 @@ class _Trainer:
         if not file.exists():
             return
         state = read_state(file, self._device)
-        if set(state) != set(self._everything()):
-            raise Misconfigured(f"{file} is damaged: remove it to begin this run again.")
-        self._network.load_state_dict(state["network"])
-        self._average.load_state_dict(state["average"])
-        self._begin(state["phase"])
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._scaler.load_state_dict(state["scaler"])
-        self._joint.load_state_dict(state["joint"])
-        self._history = state["history"]
-        self._seconds = state["seconds"]
+        try:
+            self._network.load_state_dict(state["network"])
+            self._average.load_state_dict(state["average"])
+            self._begin(state["phase"])
+            self._optimiser.load_state_dict(state["optimiser"])
+            self._schedule.load_state_dict(state["schedule"])
+            self._scaler.load_state_dict(state["scaler"])
+            self._joint.load_state_dict(state["joint"])
+            self._history = state["history"]
+            self._seconds = state["seconds"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as exc:
+            raise damaged(file) from exc
 
 
 def _finite(loss: float, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,11 +15,16 @@ from mura_batch.weights_card import ARCHITECTURES
 from training.sources import read
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from training.dataset import Dataset
     from training.settings import FitSettings
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FOUND = click.Path(exists=True, path_type=Path)
+LABELS = click.option(
+    "--labels", type=FOUND, help="CSV of labels (study, label) of a folder of DICOM."
+)
 AREA = click.Choice(tuple(Area), case_sensitive=False)
 _START = "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors)."
 _RATE = click.FloatRange(0, min_open=True)
@@ -29,7 +34,7 @@ _FOLDS = 5  # where the data states none
 _DATA = (
     click.argument("path", type=FOUND),
     click.argument("run", type=FOLDER),
-    click.option("--labels", type=FOUND, help="CSV of labels (study, label) of DICOM files."),
+    LABELS,
 )
 _HELD_OUT = click.option(
     "--held-out", multiple=True, metavar="SPLIT", help="Never looked at, such as valid or 0."
@@ -105,12 +110,32 @@ def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
     return _Asked(data, settings, start)
 
 
+def _tell(asked: _Asked, state: Mapping[str, Tensor] | None) -> None:
+    """Say what is about to be done, and what of it might surprise."""
+    from mura_batch.network import network_of
+    from training.loader import have_boxes
+    from training.start import shared
+
+    films, settings = asked.data.films, asked.settings
+    click.echo(settings.words(), err=True)
+    crops = any(stage.crops for stage in settings.stages)
+    if crops and not have_boxes([f.boxes for f in films], [f.label for f in films]):
+        click.echo("few positive films have boxes: films whole instead of crops", err=True)
+    own = network_of(settings.architecture).state_dict()
+    if state is not None and (new := sorted({*own} - {*shared(own, state)})):
+        parts = ", ".join(sorted({name.split(".")[0] for name in new}))
+        click.echo(f"{asked.start} has no {parts} of this network: these begin anew", err=True)
+
+
 def _warn_of_seen(start: str, splits: Iterable[str]) -> None:
-    """Say so where a run to begin with may have learned what is to be held out."""
+    """Say so where what training begins with may have learned what is to be held out."""
     from training.run_folder import described
+    from training.start import WORDS, of_the_bundled
 
     file = Path(start)
-    if file.with_name("run.json").is_file():
+    if start == "bundled" and splits:
+        click.echo(of_the_bundled(), err=True)
+    elif start not in WORDS and file.is_file() and file.with_name("run.json").is_file():
         seen = sorted(set(splits) - set(described(file.parent)["held_out"]))
         if seen:
             click.echo(
@@ -127,7 +152,7 @@ def pretrain(
 ) -> None:
     """Train a trunk from nothing on all films of PATH, limbs of other regions too.
 
-    It learns label, region and view together, from crops where films have boxes; `fit --start
+    It learns label, region and view together, from crops if positive films have boxes; `fit --start
     RUN/network.pt` goes on from there. A run that was cut off goes on.
 
     \b
@@ -145,7 +170,9 @@ def fit_command(
 ) -> None:
     """Train a network on the labelled films of PATH into the folder RUN.
 
-    A run that was cut off goes on. PATH is as for `data report`.
+    A run that was cut off goes on. PATH is as for `data report`. What is not asked for depends on
+    --start and is told first: ImageNet's weights and a network's are fine-tuned in two phases, from
+    nothing and from a trunk many epochs of crops come before few of films whole.
 
     \b
     python -m training fit MURA-v1.1 runs/wrist --area XR_WRIST --held-out valid --start imagenet
@@ -158,12 +185,14 @@ def _fit(asked: _Asked, run: Path, held_out: tuple[str, ...], workers: int, devi
     from training.fit import fit
     from training.start import state_of
 
+    state = state_of(asked.start)
+    _tell(asked, state)
     fit(
         asked.data,
         run,
         asked.settings,
         held_out=held_out,
-        start=state_of(asked.start),
+        start=state,
         device=device,
         workers=workers,
     )
@@ -188,6 +217,7 @@ def cross_validate_command(
     """
     from training.crossval import FOLD, cross_validate, study_figures
     from training.folds import folded
+    from training.start import state_of
 
     if FOLD in options["start"] and not options["settings"]:
         raise click.UsageError("A start for each fold needs --settings.")
@@ -203,6 +233,7 @@ def cross_validate_command(
             _warn_of_seen(start.replace(FOLD, name), [name])
     else:
         _warn_of_seen(start, named)
+    _tell(_Asked(data, settings, start), state_of(start.replace(FOLD, named[0])))
     record = cross_validate(
         data,
         run,
@@ -259,15 +290,17 @@ def search_command(
     from training.start import state_of
 
     _warn_of_seen(options["start"], held_out)
-    data, settings, start = _asked(options)
+    asked = _asked(options)
+    state = state_of(asked.start)
+    _tell(asked, state)
     best = search(
-        data,
+        asked.data,
         run,
-        settings,
+        asked.settings,
         trials=trials,
         folds=folds,
         held_out=held_out,
-        start=state_of(start),
+        start=state,
         device=device,
         jobs=jobs,
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
-from training.prepared import Edges, Prepared
+from training.dataset import Edges
+from training.prepared import Prepared
 from training.settings import CELL
 
 _ZOOM = (0.75, 1.5)  # crops show this much more or less than at the scale of whole films
@@ -62,8 +63,7 @@ class Drawn(torch.utils.data.Dataset[Draw]):
         self._strength = strength
         self._seed = seed
         self._pixels: NDArray[np.uint8] | None = None
-        boxed = [bool(boxes) for boxes, label in zip(films.boxes, labels, strict=True) if label]
-        self._boxed = sum(boxed) >= _BOXED * len(boxed)
+        self._boxed = have_boxes(films.boxes, labels)
 
     def begin(self, epoch: int, order: Sequence[int], size: int, *, crops: bool = False) -> None:
         """Draw as in this epoch the films of ``order``, by their numbers, for an input of ``size``.
@@ -115,6 +115,12 @@ class Drawn(torch.utils.data.Dataset[Draw]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None}  # other processes map the file themselves
+
+
+def have_boxes(boxes: Sequence[Sequence[object]], labels: Sequence[int]) -> bool:
+    """Say whether so many positive films have boxes that crops can be told apart."""
+    boxed = [bool(own) for own, label in zip(boxes, labels, strict=True) if label]
+    return sum(boxed) >= _BOXED * len(boxed)
 
 
 _Window = tuple[slice, slice]  # rows and columns of a film

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mura_batch.network_input import Box
-from training.dataset import Region
+from training.dataset import Edges, Region
 
 _FINE = 32  # pixels a cell for the overlap, as on a 224 pixel input with a 7 by 7 map
 LEVEL = 0.5  # of the peak: what is brighter counts as marked for the overlap
@@ -39,19 +39,20 @@ class Localised:
 
 def localise(
     evidence: NDArray[np.float32], boxes: Sequence[Region], seen: Box, size: tuple[int, int]
-) -> Localised | None:
+) -> Localised:
     """Hold a map (h, w) of the region ``seen`` of a film of (height, width) against its boxes.
 
-    None where no box lies in what the network saw, or nothing speaks for the target.
+    Where no box lies in what the network saw, or nothing speaks for the target, it is a miss.
     """
-    cells = [_in_cells(box, seen, size, evidence.shape) for box in boxes]
-    touched = _covered(cells, evidence.shape, touch=True)
+    edges = [box.within(seen, size) for box in boxes]
+    touched = _covered(edges, evidence.shape, touch=True)
     positive = np.maximum(evidence, 0.0)
+    chance = float(touched.mean())
     if not touched.any() or not positive.any():
-        return None
+        return Localised(hit=False, chance=chance, energy=0.0, overlap=0.0)
     peak = np.unravel_index(int(np.argmax(evidence)), evidence.shape)
     fine = (evidence.shape[0] * _FINE, evidence.shape[1] * _FINE)
-    inside = _covered([tuple(_FINE * edge for edge in cell) for cell in cells], fine, touch=False)
+    inside = _covered(edges, fine, touch=False)
     smooth = np.asarray(
         Image.fromarray(positive.astype(np.float32)).resize(
             (fine[1], fine[0]), Image.Resampling.BILINEAR
@@ -60,35 +61,19 @@ def localise(
     marked = smooth >= LEVEL * smooth.max()
     return Localised(
         hit=bool(touched[peak]),
-        chance=float(touched.mean()),
+        chance=chance,
         energy=float(smooth[inside].sum() / smooth.sum()),
         overlap=float((marked & inside).sum() / (marked | inside).sum()),
     )
 
 
-_Edges = tuple[float, ...]  # left, top, right, bottom
-
-
-def _in_cells(box: Region, seen: Box, size: tuple[int, int], shape: tuple[int, ...]) -> _Edges:
-    """Return a box's edges in cells of the map."""
-    height, width = size
-    across = shape[1] / (seen.right - seen.left)
-    down = shape[0] / (seen.bottom - seen.top)
-    return (
-        ((box.x - box.width / 2) * width - seen.left) * across,
-        ((box.y - box.height / 2) * height - seen.top) * down,
-        ((box.x + box.width / 2) * width - seen.left) * across,
-        ((box.y + box.height / 2) * height - seen.top) * down,
-    )
-
-
-def _covered(boxes: Sequence[_Edges], shape: tuple[int, ...], *, touch: bool) -> NDArray[np.bool_]:
+def _covered(boxes: Sequence[Edges], shape: tuple[int, ...], *, touch: bool) -> NDArray[np.bool_]:
     """Return the cells that boxes touch, or those whose centres lie inside."""
     mask = np.zeros(shape, bool)
     rows, columns = np.arange(shape[0]), np.arange(shape[1])
     near, far = (0.0, 1.0) if touch else (0.5, 0.5)
     for left, top, right, bottom in boxes:
-        down = (rows + far > top) & (rows + near < bottom)
-        across = (columns + far > left) & (columns + near < right)
+        down = (rows + far > top * shape[0]) & (rows + near < bottom * shape[0])
+        across = (columns + far > left * shape[1]) & (columns + near < right * shape[1])
         mask |= down[:, None] & across[None]
     return mask

@@ -17,16 +17,21 @@ from mura_batch.weights_card import PointName
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 Figure = Callable[[Floats], Floats]  # weights (B, N) → one value a sample, NaN where there is none
+_Needed = tuple[NDArray[np.bool_], ...]  # groups of the cases, (N,) each
 
 _RESAMPLES = 2000
 _SEED = 11
 _CELLS = 4_000_000  # of a matrix of weights: what is in memory at a time
+_FEWEST = 5  # patients of a label that a figure needs: the bootstrap of fewer says nothing
 _BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its 95 % percentile-bootstrap interval (None: not estimable)."""
+    """A figure with its 95 % percentile-bootstrap interval (None: not estimable).
+
+    Nothing is estimated from fewer than five patients of a label that the figure is of.
+    """
 
     value: float | None
     low: float | None
@@ -72,20 +77,24 @@ def figures(cases: Cases, thresholds: Mapping[PointName, float]) -> dict[str, Es
 
     Accuracy, F1 and kappa are those at ``balanced``.
     """
-    found: dict[str, Figure] = {
-        "roc_auc": lambda w: roc_auc(cases.logits, cases.labels, w),
-        "average_precision": lambda w: average_precision(cases.logits, cases.labels, w),
-        "brier": lambda w: brier(cases.probabilities, cases.labels, w),
-        "ece": lambda w: calibration_error(cases.probabilities, cases.labels, w),
+    truth = cases.labels == 1
+    every, both = _all_of(cases), _of_each_label(cases)
+    found: dict[str, tuple[Figure, _Needed]] = {
+        "roc_auc": (lambda w: roc_auc(cases.logits, cases.labels, w), both),
+        "average_precision": (lambda w: average_precision(cases.logits, cases.labels, w), both),
+        "brier": (lambda w: brier(cases.probabilities, cases.labels, w), every),
+        "ece": (lambda w: calibration_error(cases.probabilities, cases.labels, w), every),
     }
     for name, threshold in thresholds.items():
-        positive = cases.probabilities >= threshold
-        counts = _Decisions(positive, cases.labels == 1)
-        found[f"sensitivity_{name}"] = counts.sensitivity
-        found[f"specificity_{name}"] = counts.specificity
+        counts = _Decisions(cases.probabilities >= threshold, truth)
+        found[f"sensitivity_{name}"] = counts.sensitivity, (truth,)
+        found[f"specificity_{name}"] = counts.specificity, (~truth,)
         if name == "balanced":
-            found |= {"accuracy": counts.accuracy, "f1": counts.f1, "kappa": counts.kappa}
-    return {name: estimate(figure, cases.patients) for name, figure in found.items()}
+            found["accuracy"] = counts.accuracy, every
+            found |= {"f1": (counts.f1, both), "kappa": (counts.kappa, both)}
+    return {
+        name: estimate(figure, cases.patients, needed) for name, (figure, needed) in found.items()
+    }
 
 
 def _resamples(patients: Sequence[str]) -> Iterator[Floats]:
@@ -102,12 +111,23 @@ def _resamples(patients: Sequence[str]) -> Iterator[Floats]:
 def resampled(values: Floats, patients: Sequence[str], among: NDArray[np.bool_]) -> Estimate:
     """Return the mean of values over some of the cases."""
     chosen = among.astype(np.float64)
-    return estimate(lambda w: w @ (values * chosen) / (w @ chosen), patients)
+    return estimate(lambda w: w @ (values * chosen) / (w @ chosen), patients, (among,))
 
 
 def auc_of(cases: Cases) -> Estimate:
     """Return the area under the ROC curve of the logits."""
-    return estimate(lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients)
+    return estimate(
+        lambda w: roc_auc(cases.logits, cases.labels, w), cases.patients, _of_each_label(cases)
+    )
+
+
+def ece_of(cases: Cases) -> Estimate:
+    """Return the expected calibration error of the probabilities."""
+    return estimate(
+        lambda w: calibration_error(cases.probabilities, cases.labels, w),
+        cases.patients,
+        _all_of(cases),
+    )
 
 
 def difference(
@@ -120,11 +140,26 @@ def difference(
     return estimate(
         lambda w: figure(one.logits, one.labels, w) - figure(other.logits, other.labels, w),
         one.patients,
+        _of_each_label(one),
     )
 
 
-def estimate(figure: Figure, patients: Sequence[str]) -> Estimate:
-    """Return a figure and its interval over the samples of patients in which it exists."""
+def _all_of(cases: Cases) -> _Needed:
+    return (np.ones(len(cases.labels), bool),)
+
+
+def _of_each_label(cases: Cases) -> _Needed:
+    return cases.labels == 1, cases.labels == 0
+
+
+def estimate(figure: Figure, patients: Sequence[str], needed: _Needed) -> Estimate:
+    """Return a figure and its interval over the samples of patients in which it exists.
+
+    ``needed`` are groups of cases that it is of: of each there must be patients enough.
+    """
+    names = np.array(patients)
+    if min(len(np.unique(names[group])) for group in needed) < _FEWEST:
+        return Estimate(None, None, None)
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(figure(np.ones((1, len(patients))))[0])
         drawn = np.concatenate([figure(samples) for samples in _resamples(patients)])

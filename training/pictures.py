@@ -4,6 +4,7 @@ or not.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,8 +27,9 @@ from training.crossval import Record, load_run
 from training.dataset import Film
 from training.evaluate import FilmScore, cases_of
 from training.publish import deciding_of
-from training.run_folder import read_settings
+from training.run_folder import read_settings, write_json
 
+_TOLD = "pictures.json"  # says of which record the pictures are
 _EACH = 4  # films of a group
 _GROUPS = ("found", "found elsewhere", "overlooked", "false alarm", "cleared")
 
@@ -60,6 +62,7 @@ def draw(record: Record, films: Sequence[Film], run: Path, folder: Path) -> None
     chosen = [one._replace(film=known[one.film.identity]) for one in chosen]
     seen = _seen([one.film for one in chosen], run)
     folder.mkdir(parents=True, exist_ok=True)
+    names = []
     for number, group in enumerate(_GROUPS, start=1):
         some = [one for one in chosen if one.group == group]
         figure = Figure(figsize=(3 * _EACH, 3.4), layout="constrained")
@@ -71,6 +74,17 @@ def draw(record: Record, films: Sequence[Film], run: Path, folder: Path) -> None
         figure.suptitle(f"{group}, research use only")
         name = f"{number}-{group.replace(' ', '-')}.jpg"
         write_atomic(folder / name, partial(figure.savefig, format="jpeg", dpi=80))
+        names.append(name)
+    write_json({"record": record.digest(), "pictures": names}, folder / _TOLD)
+
+
+def pictures_of(record: Record, folder: Path) -> list[str]:
+    """Return the names of the pictures in a folder that were drawn of this very record."""
+    try:
+        told = json.loads((folder / _TOLD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    return told["pictures"] if told["record"] == record.digest() else []
 
 
 def _chosen(record: Record, run: Path) -> list[_Chosen]:
@@ -123,7 +137,7 @@ def _draw(axes: Axes, one: _Chosen, seen: _Seen) -> None:
     axes.imshow(thumbnail(seen.luminance, box).pixels, cmap="gray", extent=whole)
     heat = np.maximum(seen.evidence, 0)
     reach = (box.left, box.right, box.bottom, box.top)
-    axes.imshow(heat, cmap="inferno", alpha=0.4, extent=reach, interpolation="bilinear")
+    axes.imshow(heat, cmap="inferno", vmin=0, alpha=0.4, extent=reach, interpolation="bilinear")
     for it in one.film.boxes:
         corner = ((it.x - it.width / 2) * width, (it.y - it.height / 2) * height)
         size = (it.width * width, it.height * height)

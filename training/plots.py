@@ -18,7 +18,9 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; 
 table { border-collapse: collapse; margin: 1em 0 }
 td, th { padding: .15em .8em; text-align: left; border-bottom: 1px solid #ddd }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
-svg { max-width: 100%; height: auto }
+svg, img { max-width: 100%; height: auto }
+@page { size: A4 landscape; margin: 12mm }
+@media print { body { font-size: 8px; max-width: none; margin: 0 } td, th { padding: .1em .4em } }
 </style>"""
 
 

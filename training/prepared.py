@@ -21,17 +21,15 @@ from tqdm import tqdm
 
 from mura_batch.atomic import write_atomic
 from mura_batch.errors import Transient
-from mura_batch.network_input import Box
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
-from training.dataset import Film, Region
+from training.dataset import Edges, Film
 from training.run_folder import in_turn
 
 _HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp
 _CHUNK = 16  # films that a process reads at a time
 _FEW = 200  # films that one process has read before others have started
 
-Edges = tuple[float, float, float, float]  # left, top, right, bottom as shares of the square
 _Read = tuple[NDArray[np.uint8], tuple[Edges, ...]]
 
 
@@ -40,7 +38,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         file: uint8 (N, S, S) in NumPy's format.
-        boxes: each film's boxes, cut to the square that the network sees.
+        boxes: each film's boxes, in shares of the square that the network sees, cut to it.
     """
 
     file: Path
@@ -75,28 +73,34 @@ def prepared(
     file, boxes = folder / f"{name}.npy", folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     with in_turn(folder / f"{name}.lock"):  # who comes second finds them read
-        if not _are_there(file, boxes, len(films)):
+        found = _kept(file, boxes, len(films))
+        if found is None:
             part = file.with_suffix(".part")
             found = _read_all(films, spec, part, workers if len(films) > _FEW else 0)
             text = json.dumps(found).encode()
             write_atomic(boxes, lambda stream: stream.write(text))
             part.replace(file)
-    kept = json.loads(boxes.read_text(encoding="utf-8"))
-    return Prepared(file, tuple(tuple(tuple(box) for box in of_film) for of_film in kept))
+    return Prepared(file, found)
 
 
-def _are_there(file: Path, boxes: Path, count: int) -> bool:
-    """Say whether both files are whole; else they are made anew."""
+def _kept(file: Path, boxes: Path, count: int) -> tuple[tuple[Edges, ...], ...] | None:
+    """Return the boxes if both files are whole, else None: they are made anew."""
     try:
-        same = len(json.loads(boxes.read_text(encoding="utf-8"))) == count
-        return same and len(np.load(file, mmap_mode="r")) == count
+        told = json.loads(boxes.read_text(encoding="utf-8"))
+        kept = tuple(tuple(_four(*box) for box in of_film) for of_film in told)
+        whole = len(kept) == len(np.load(file, mmap_mode="r")) == count
     except (OSError, TypeError, ValueError, EOFError):
-        return False
+        return None
+    return kept if whole else None
+
+
+def _four(left: float, top: float, right: float, bottom: float) -> Edges:
+    return left, top, right, bottom
 
 
 def _read_all(
     films: Sequence[Film], spec: Preprocessing, file: Path, workers: int
-) -> list[tuple[Edges, ...]]:
+) -> tuple[tuple[Edges, ...], ...]:
     """Write the films' pixels and return their boxes."""
     shape = (len(films), spec.size, spec.size)
     pixels = open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
@@ -110,7 +114,7 @@ def _read_all(
             pixels[number] = seen
             found.append(boxes)
     pixels.flush()
-    return found
+    return tuple(found)
 
 
 def _take_room(file: Path) -> None:
@@ -142,21 +146,13 @@ def _read(spec: Preprocessing, film: Film) -> _Read:
     with film.named():
         luminance, seen = read_film(film.path, film.frame, spec)
     height, width = luminance.shape
-    edges = (_edges(box, seen.box, height, width) for box in film.boxes)
+    edges = (_cut(box.within(seen.box, (height, width))) for box in film.boxes)
     return seen.pixels, tuple(box for box in edges if box[0] < box[2] and box[1] < box[3])
 
 
-def _edges(box: Region, seen: Box, height: int, width: int) -> Edges:
-    """Return a box of a film as shares of what the network sees, cut to it."""
-    across, down = seen.right - seen.left, seen.bottom - seen.top
-    left, right = (
-        min(1.0, max(0.0, (x * width - seen.left) / across))
-        for x in (box.x - box.width / 2, box.x + box.width / 2)
-    )
-    top, bottom = (
-        min(1.0, max(0.0, (y * height - seen.top) / down))
-        for y in (box.y - box.height / 2, box.y + box.height / 2)
-    )
+def _cut(edges: Edges) -> Edges:
+    """Return the edges within what the network sees."""
+    left, top, right, bottom = (min(1.0, max(0.0, edge)) for edge in edges)
     return left, top, right, bottom
 
 

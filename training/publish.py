@@ -36,10 +36,16 @@ from training.run_folder import described, read_settings, read_state
 from training.settings import FitSettings
 
 _TRAINED_ON = (
-    "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0), upper limb, after a"
-    " trunk from its legs and hips; from random weights, no ImageNet weights; one network for all"
-    " areas; {epochs}; computed in {precision}"
+    "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0), upper limb; {start}; one"
+    " network for all areas; {epochs}; computed in {precision}"
 )
+_STARTS = {
+    "nothing": "begun with random weights, no ImageNet weights",
+    "training/records/trunk/network.safetensors": (
+        "begun with a trunk of its legs and hips, which began with random weights: no ImageNet"
+        " weights"
+    ),
+}
 _NOTES = (
     "Starting weights, not specialists: the same network serves all seven areas. The label is"
     " fracture, not MURA's abnormal. FracAtlas has no finger films of their own and few films of"
@@ -130,12 +136,16 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     Nothing is replaced before all of it is made.
 
     Raises:
-        Misconfigured: the record is of other settings than the run, or the run held films out.
+        Misconfigured: the record is of other settings or another start than the run, or the run
+            held films out.
     """
     settings = read_settings(run / "run.json")
     if settings != record.settings:
         raise Misconfigured(f"{run} was made with other settings than the record's: fit it again.")
-    if described(run)["held_out"]:
+    made_of = described(run)
+    if {fold.start for fold in record.folds} != {made_of["start"]}:
+        raise Misconfigured(f"{run} began otherwise than the record's folds: fit it again.")
+    if made_of["held_out"]:
         raise Misconfigured(f"{run} was trained without some folds: publish one of all films.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:
@@ -157,12 +167,12 @@ def _cards(
     if spec.enough is not None:
         runtime = load(fitted(half, settings.architecture), spec, runtime="torch", device="cpu")
         notes += _decoded(runtime, films, spec, spec.enough)
-    stages = " and ".join(
-        f"{stage.epochs} epochs of {'crops' if stage.crops else 'films'} at {stage.size} pixels"
-        for stage in settings.stages
-    )
     origins = Origins(
-        training_data=_TRAINED_ON.format(epochs=stages, precision=settings.precision),
+        training_data=_TRAINED_ON.format(
+            start=_STARTS.get(record.start, f"begun with {record.start}"),
+            epochs=", then ".join(stage.words() for stage in settings.stages),
+            precision=settings.precision,
+        ),
         licence="MIT; trained on CC BY 4.0 data, attribution above",
         origin="bundled",
         source="training/fit.py",
@@ -211,10 +221,11 @@ def decided_by(exams: Sequence[Sequence[FilmScore]], on: str) -> Deciding:
     Calibrated by Platt's scaling, but for a network that orders studies no better than chance.
     """
     cases = cases_of(exams, None)
-    slope, intercept = fit_calibration(cases.logits, cases.labels)
+    how = fit_calibration(cases.logits, cases.labels)
     calibration = None
-    if slope > 0:
-        calibration = Calibration(round(slope, 5), round(intercept, 5), f"{_count(cases)}; {on}")
+    if how is not None:
+        slope, intercept = (round(value, 5) for value in how)
+        calibration = Calibration(slope, intercept, f"{_count(cases)}; {on}")
     points = thresholds(cases_of(exams, calibration).probabilities, cases.labels)
     return Deciding(calibration, {name: round(value, 4) for name, value in points.items()})
 

@@ -8,15 +8,18 @@ It is written from a folder of records alone (:class:`training.crossval.Record`)
   ``parts/base.json``;
 - ``data.json``: what ``data report --json`` said of the films.
 
-Pictures of films need the films and the networks; those that stand beside the note stay.
+Pictures of films need the films and the networks; those of the same record that stand beside the
+note stay.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,12 +47,12 @@ from training.metrics import (
     Cases,
     Estimate,
     auc_of,
-    calibration_error,
     difference,
-    estimate,
+    ece_of,
     resampled,
     roc_auc,
 )
+from training.pictures import pictures_of
 from training.plots import STYLE, loss_curves, plots
 from training.publish import decided_by, deciding_of
 from training.sources.mura import PUBLISHED_IMAGES, PUBLISHED_STUDIES
@@ -66,7 +69,8 @@ class Compared:
 
     Attributes:
         changed: how its settings differ, in words.
-        films: that it was trained on, in the mean over its folds; ``epochs`` and ``seconds`` too.
+        films: that it was trained on, in the mean over the folds that both scored; ``epochs`` and
+            ``seconds`` too.
         gain: how much higher its AUC is (paired).
         hit: how often the peak of the evidence touches a box, of all films that have some.
     """
@@ -106,7 +110,8 @@ def write_note(records: Path, out: Path) -> list[Path]:
         raise Misconfigured(f"{records / GENERALIST} has scores of one label only, or none.")
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    cases = cases_of(by_study(whole.scores), deciding_of(whole).calibration)
+    exams = by_study(whole.scores)
+    cases = cases_of(exams, deciding_of(whole).calibration)
     _write(figures / "studies.svg", plots(cases))
     losses = {f"fold {fold.name}": fold.losses for fold in whole.folds}
     _write(figures / "losses.svg", loss_curves(losses))
@@ -123,14 +128,17 @@ def write_note(records: Path, out: Path) -> list[Path]:
         evaluations=list(_evaluations(whole)),
         all_areas=ALL_AREAS,
         folds=list(_by_fold(whole)),
-        rates=cross_fitted_rates(cases),
+        rates=cross_fitted_rates(cases_of(exams, None)),
         calibrated=_calibrated(whole),
         grid=whole.settings.preprocessing.size // 32,
         specialists=list(_specialists(records, whole)),
         parts=list(_parts(records, whole)),
         data=_data(records / "data.json"),
         mura=list(_mura()),
-        pictures=sorted(file.name for file in figures.glob("*.jpg")),
+        outside=sum(one.localised is not None and not one.localised.chance for one in whole.scores),
+        pictures=pictures_of(whole, figures),
+        records=os.path.relpath(records, out),
+        trunk=(records / "trunk").is_dir(),
     )
     note = out / "REPORT.md"
     _write(note, text)
@@ -142,9 +150,8 @@ def write_note(records: Path, out: Path) -> list[Path]:
 def _evaluations(record: Record) -> Iterator[Evaluation]:
     """Yield the figures of each area and of all, at calibration and thresholds of all."""
     deciding = deciding_of(record)
-    for area in (*sorted({one.film.area for one in record.scores}), ALL_AREAS):
-        own = [one for one in record.scores if area in (one.film.area, ALL_AREAS)]
-        yield from evaluate(own, deciding, area)
+    for area in record.scored_areas:
+        yield from evaluate(record.of_area(area), deciding, area)
 
 
 def _by_fold(record: Record) -> Iterator[tuple[Fold, int, int, Estimate]]:
@@ -167,13 +174,7 @@ def _calibrated(record: Record) -> _Calibrated:
             how = decided_by(others, "the other folds").calibration
             crossed[fold_of == fold] = cases_of(exams, how).probabilities[fold_of == fold]
     apart = Cases(raw.logits, crossed, raw.labels, raw.patients)
-    return _Calibrated(_ece(raw), _ece(fitted), _ece(apart))
-
-
-def _ece(cases: Cases) -> Estimate:
-    return estimate(
-        lambda w: calibration_error(cases.probabilities, cases.labels, w), cases.patients
-    )
+    return _Calibrated(ece_of(raw), ece_of(fitted), ece_of(apart))
 
 
 # ---- one method beside another
@@ -214,15 +215,16 @@ def _compared(name: str, one: Record, other: Record, area: str) -> Iterator[Comp
     mine, theirs = (
         [
             score
-            for score in sorted(record.scores, key=lambda score: score.film.identity)
-            if score.film.identity in both and area in (score.film.area, ALL_AREAS)
+            for score in sorted(record.of_area(area), key=lambda score: score.film.identity)
+            if score.film.identity in both
         ]
         for record in (one, other)
     )
     if not both_labels(by_study(mine)):
         return
     cases, others = (cases_of(by_study(scores), None) for scores in (mine, theirs))
-    folds = one.folds
+    there = {score.film.split for score in mine}
+    folds = [fold for fold in one.folds if fold.name in there]
     yield Compared(
         name=name.replace("-", " "),
         area=area,
@@ -256,16 +258,10 @@ def _changes(one: Record, other: Record) -> str:
 
 def _flat(record: Record) -> dict[str, object]:
     settings = asdict(record.settings)
-    spec, stages = settings.pop("preprocessing"), settings.pop("stages")
-    told = ", then ".join(_stage(stage) for stage in stages)
+    spec = settings.pop("preprocessing")
+    told = ", then ".join(stage.words() for stage in record.settings.stages)
     areas = "all" if set(record.areas) == set(Area) else " and ".join(record.areas)
     return {**settings, **spec, "stages": told, "start": record.start, "areas": areas}
-
-
-def _stage(stage: Mapping[str, Any]) -> str:
-    what = "crops" if stage["crops"] else "films"
-    frozen = f", {stage['frozen']} blocks frozen" if stage["frozen"] else ""
-    return f"{stage['epochs']} × {what} of {stage['size']}{frozen}"
 
 
 # ---- data
@@ -282,8 +278,8 @@ def _data(file: Path) -> dict[str, Any] | None:
             own = rows.setdefault(count["area"], [0, 0, 0])
             for place, name in enumerate(("studies", "positive", "images")):
                 own[place] += count[name]
-        across = [group for group in told["duplicates"] if group["across"]]
-        return {**told, "rows": sorted(rows.items()), "across": len(across)}
+        across = Counter(side for group in told["duplicates"] for side in group["across"])
+        return {**told, "rows": sorted(rows.items()), "across": across}
     except (ValueError, KeyError, TypeError) as exc:
         raise Misconfigured(f"{file} is no data report in JSON: {exc!r}") from exc
 

@@ -2,12 +2,18 @@
 
 It is put in use where it is not worse than what is in use, on studies of patients that it never
 saw: the lower end of the paired bootstrap interval of the AUCs' difference may lie ``MARGIN``
-below 0 (non-inferiority). All that is here goes on after a kill when it is called again.
+below 0 (non-inferiority). Who was kept aside once is kept aside for good (``aside.json``), because
+each network goes on from the one before. All that is here goes on after a kill when it is called
+again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,16 +28,17 @@ from training.crossval import score_run
 from training.dataset import Dataset, Film
 from training.evaluate import FilmScore, by_study, cases_of, score_films
 from training.fit import fit
-from training.folds import folded
+from training.folds import fold_numbers
 from training.metrics import Cases, Estimate, auc_of, difference, roc_auc
 from training.publish import Measured, Origins, card_for, write_weights
-from training.run_folder import data_digest
+from training.run_folder import data_digest, write_json
 from training.search import search
 from training.settings import FitSettings, Stage, two_phases
 
 MARGIN = 0.05
 _ASIDE = ("valid", "test")  # splits of this name are measured on
 _FOLDS = 5  # else one of so many folds of the patients
+_KEPT = "kept aside"  # the split of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,7 @@ class Retrained:
 
     Attributes:
         new: study AUC of the new weights.
+        on: what it was measured on, in words.
         before: card of the weights that were in use, None where there were none.
         gain: how much higher the new AUC is than theirs on the same studies.
         activated: the new weights are in use.
@@ -66,6 +74,7 @@ class Retrained:
 
     card: Card
     new: Estimate
+    on: str
     before: Card | None
     gain: Estimate | None
     activated: bool
@@ -81,7 +90,8 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
     """
     store = WeightsStore(site.weights_dir)
     before = store.active(area)
-    data, aside = _divided(data.checked().only([area]))
+    folder = site.home / "training" / area
+    data, aside = divided(data.checked().only([area]), folder / "aside.json")
     seen = [film for film in data.films if film.split in aside and film.area == area]
     if {film.label for film in seen} != {0, 1}:
         raise Misconfigured(f"The studies of {area} kept aside to measure on lack one label.")
@@ -93,7 +103,7 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
         base = replace(base, stages=(Stage(base.preprocessing.size, plan.epochs),))
     made_of = (data_digest(data.films), aside, base, plan.trials, before and before.sha256)
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
-    run = site.home / "training" / area / name
+    run = folder / name
     settings = base
     if plan.trials:
         settings = search(
@@ -116,7 +126,7 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
         area,
         file,
         settings,
-        Measured(scores, data.target, f"this site's data, kept aside ({', '.join(aside)})"),
+        Measured(scores, data.target, f"this site's data ({', '.join(aside)})"),
         Origins(
             training_data=f"{sum(f.split not in aside for f in data.films)} films of this site",
             licence="this site's own",
@@ -126,19 +136,69 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
         ),
     )
     card = store.add(file, card)
+    _tidy(run)
     good = gain is None or not_worse(gain)
     activated = plan.activate and (good or bool(plan.force))
     if activated:
         store.activate(area, card.sha256, "" if good else plan.force)
-    return Retrained(card, auc_of(cases), before, gain, activated, run)
+    on = f"{len(cases.labels)} studies, {int(cases.labels.sum())} positive, kept aside"
+    return Retrained(card, auc_of(cases), on, before, gain, activated, run)
 
 
-def _divided(data: Dataset) -> tuple[Dataset, list[str]]:
-    """Return the data, and the splits that are measured on: those named so, or a fifth."""
+def divided(data: Dataset, file: Path) -> tuple[Dataset, list[str]]:
+    """Return the data, and the splits that are measured on: those named so, or a fifth.
+
+    ``file`` says which studies were kept aside before, and which were not: their patients stay
+    where they are. Of those who came since, each fifth goes aside.
+
+    Raises:
+        Misconfigured: the file is damaged, or the patients are too few.
+    """
     named = sorted({film.split for film in data.films} & set(_ASIDE))
     if named:
         return data, named
-    return folded(data, _FOLDS, FitSettings().seed), ["0"]
+    before = _read(file)
+    studies: defaultdict[str, set[str]] = defaultdict(set)
+    for film in data.films:
+        studies[film.patient].add(hashlib.sha256(film.study.encode()).hexdigest()[:16])
+    if before:
+        aside = {patient for patient, own in studies.items() if _stays_aside(own, before)}
+    else:
+        first = fold_numbers(data.films, _FOLDS, FitSettings().seed) == 0
+        aside = {film.patient for film, it in zip(data.films, first, strict=True) if it}
+    told = {study: patient in aside for patient, own in studies.items() for study in own}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(before | told, file)
+    films = (replace(f, split=_KEPT if f.patient in aside else "train") for f in data.films)
+    return replace(data, films=tuple(films)), [_KEPT]
+
+
+def _stays_aside(studies: set[str], before: Mapping[str, bool]) -> bool:
+    """Return whether a patient was kept aside; of one who is new, what the digests draw."""
+    if known := studies & set(before):
+        return all(before[study] for study in known)
+    return int(min(studies), 16) % _FOLDS == 0
+
+
+def _read(file: Path) -> dict[str, bool]:
+    if not file.exists():
+        return {}
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return {str(study): bool(aside) for study, aside in told.items()}
+    except (OSError, ValueError, AttributeError) as exc:
+        raise Misconfigured(
+            f"{file} is damaged. It says whom no network of this home has learned from: restore it;"
+            " without it the next figures are too good."
+        ) from exc
+
+
+def _tidy(run: Path) -> None:
+    """Remove what only a run that goes on needs: films of patients, and hundreds of megabytes."""
+    for folder in (run / "films", run / "search/films"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in (run / "weights.safetensors", run / "fit/state.pt", run / "fit/best.pt"):
+        file.unlink(missing_ok=True)
 
 
 def _cases(scores: list[FilmScore]) -> Cases:

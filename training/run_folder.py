@@ -171,10 +171,15 @@ def read_state(file: Path, device: str | torch.device = "cpu") -> dict[str, Any]
     except FileNotFoundError as exc:
         raise Misconfigured(f"{file} is gone: remove {file.parent} to begin again.") from exc
     except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as exc:
-        raise Misconfigured(f"{file} is damaged: remove it to begin this run again.") from exc
+        raise damaged(file) from exc
     if not isinstance(state, dict):
-        raise Misconfigured(f"{file} is damaged: remove it to begin this run again.")
+        raise damaged(file)
     return state
+
+
+def damaged(file: Path) -> Misconfigured:
+    """Return the error of a run that cannot go on from what its folder holds."""
+    return Misconfigured(f"{file} is damaged: remove {file.parent} to begin this run again.")
 
 
 def save(state: object, target: Path) -> None:

@@ -52,7 +52,7 @@ class Stage:
         size: side of the network's input in pixels, a multiple of 32.
         crops: of parts of the films at the scale of whole ones: they show the same detail at a
             fraction of the cost, and a part of a film with boxes that shows none is a negative.
-            Films without boxes stay whole.
+            Where most positive films have no boxes, all films stay whole.
         frozen: dense blocks, from the input on, that stay as they are: they are the most costly
             to train, and see on whole films what they saw on crops.
     """
@@ -70,6 +70,12 @@ class Stage:
                 f"a stage of {self.epochs!r} epochs with {self.frozen!r} frozen blocks:"
                 f" 1 and more, and 0 to {_FROZEN}"
             )
+
+    def words(self) -> str:
+        """Return what it is, such as ``3 epochs of films of 320, 2 blocks frozen``."""
+        what = "crops" if self.crops else "films"
+        frozen = f", {_counted(self.frozen, 'block')} frozen" if self.frozen else ""
+        return f"{_counted(self.epochs, 'epoch')} of {what} of {self.size}{frozen}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,22 @@ class FitSettings:
                 f"the last stage of whole films has size {last.size}, scoring"
                 f" {self.preprocessing.size}"
             )
+
+    def words(self) -> str:
+        """Return what the run does, in one line."""
+        head = _counted(self.head_epochs, "epoch")
+        phases = [f"{head} of the head alone"] if self.head_epochs else []
+        phases += [stage.words() for stage in self.stages]
+        aside = "nobody" if self.patience is None else f"{self.aside:.0%} of the patients"
+        return (
+            f"{self.architecture}: {', then '.join(phases)}; rate {self.rate:g}, classes"
+            f" {self.imbalance}, batches of {self.batch}, {self.precision}, {aside} kept aside to"
+            " choose the epoch by"
+        )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 LIMB = Preprocessing(size=320, crop="foreground", fit="pad", decode="reduced")

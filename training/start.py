@@ -23,6 +23,7 @@ from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
 
 _NO_START = "{}: no such file; --start takes nothing, imagenet, bundled, or a file."
 _FIXED = {"nothing": FROM_NOTHING, "imagenet": FitSettings()}
+WORDS = (*_FIXED, "bundled")  # what --start takes besides files
 _DAMAGED = (pickle.UnpicklingError, SafetensorError)
 
 
@@ -52,6 +53,12 @@ def settings_for(start: str) -> FitSettings:
     return FitSettings()
 
 
+def of_the_bundled() -> str:
+    """Return what to know before the bundled weights are measured, or what began with them is."""
+    learned = bundled_card(Area.XR_HAND).training_data
+    return f"the bundled weights learned {learned}: figures on any of these films are too good"
+
+
 def _like(before: Card | FitSettings) -> FitSettings:
     return two_phases(before.preprocessing, before.architecture)
 
@@ -72,6 +79,11 @@ def state_of(start: str) -> Mapping[str, Tensor] | None:
     if start == "bundled":
         return load_bundled(Area.XR_HAND)[0].state_dict()
     return _of_file(Path(start))
+
+
+def shared(own: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those tensors of a start that a network has too, in the same shape."""
+    return {n: t for n, t in start.items() if n in own and own[n].shape == t.shape}
 
 
 def _imagenet() -> Mapping[str, Tensor]:

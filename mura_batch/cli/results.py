@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_LABELS: dict[str, Literal["positive", "negative"]] = {
+    "positive": "positive",
+    "1": "positive",
+    "negative": "negative",
+    "0": "negative",
+}
 _STATES = ("done", "failed", "quarantined", "needs_area", "no_weights", "queued", "running")
 _STUDY_COLUMNS = (
     "study",
@@ -308,7 +314,8 @@ def label_set(ctx: click.Context, study: str, value: str, area: str | None) -> N
 def label_import(ctx: click.Context, file: Path) -> None:
     """Import labels from a CSV with the columns study, label and, if wanted, area.
 
-    A study is named by its id, its folder in the inbox, or its StudyInstanceUID.
+    A label is positive or negative, or 1 or 0. A study is named by its id, its folder in the
+    inbox, or its StudyInstanceUID.
 
     \b
     mura-batch label import truth.csv
@@ -341,13 +348,12 @@ def _label_row(row: dict[str, str]) -> LabelRow:
     """Return a line of a CSV as a label; ValueError says what it needs."""
     from mura_batch.records import LabelRow
 
-    value, area = row.get("label"), row.get("area") or None
-    if value not in {"positive", "negative"} or not row.get("study"):
-        raise ValueError("needs a study and a label, positive or negative")
+    value, area = _LABELS.get(row.get("label") or ""), row.get("area") or None
+    if value is None or not row.get("study"):
+        raise ValueError("needs a study and a label, positive (1) or negative (0)")
     if area not in {None, *Area}:
         raise ValueError(f"needs an area of {', '.join(Area)}, not {area!r}")
-    label = cast("Literal['positive', 'negative']", value)
-    return LabelRow(row["study"], label, Area(area) if area else None)
+    return LabelRow(row["study"], value, Area(area) if area else None)
 
 
 @label.command("list")

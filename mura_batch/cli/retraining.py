@@ -59,9 +59,9 @@ def retrain(
 
     PATH is a folder of MURA or FracAtlas, a manifest (.csv, .parquet), a folder of DICOM files
     with --labels, or `labels` for what people stored with `mura-batch label`. Training begins
-    with the weights in use and runs at low priority. A fifth of the patients (or the split
-    `valid`) is kept aside: new and old weights are compared on them. Run it again after it was cut
-    off, and it goes on.
+    with the weights in use and runs at low priority. A fifth of the patients (or the splits
+    `valid` and `test`) is kept aside for good: new and old weights are compared on them. Run it
+    again after it was cut off, and it goes on.
 
     \b
     mura-batch retrain XR_WRIST --data labels --activate
@@ -86,10 +86,10 @@ def retrain(
             f"training ran out of memory: allow more with --memory ({_first_line(exc)})"
         ) from exc
     click.echo(f"the run is kept in {done.run}", err=True)
-    on = done.card.metrics["study_auc"].on
-    click.echo(f"{area}: {done.card.short}, study AUC {done.new.words()} on {on}")
+    click.echo(f"{area}: {done.card.short}, study AUC {done.new.words()} on {done.on}")
     if done.before is not None and done.gain is not None:
-        click.echo(f"against {done.before.short}, in use: {done.gain.words('+.3f')}")
+        few = "" if done.gain.value is not None else " from so few patients of a label"
+        click.echo(f"against {done.before.short}, in use: {done.gain.words('+.3f')}{few}")
     if done.activated:
         click.echo("in use now; `mura-batch rerun --stale` scores old studies again")
     elif plan.activate:

@@ -1,6 +1,8 @@
 """A table of one's own.
 
-``image, study, patient, area, label[, split, boxes, hardware, weight]``.
+``image, study, patient, area, label[, split, boxes, hardware, weight]``: a label, or whether there
+is hardware, is 0 or 1 (or negative, positive); boxes are ``x y width height; …``, of each its
+centre and its size in shares of the film's width and height.
 """
 
 from __future__ import annotations
@@ -33,22 +35,25 @@ def _films(folder: Path, row: Row) -> Iterator[Film]:
     area = row.need("area").upper()
     if area not in set(Area):
         raise ValueError(f"the area {row['area']!r} is none of {', '.join(Area)}")
+    label, boxes = row.label("label"), row.boxes("boxes")
+    if boxes and not label:
+        raise ValueError("there is a box on a film with the label 0")
     yield Film(
         present(folder / row.need("image")),
         study=row.need("study"),
         patient=row.need("patient"),
         area=area,
-        label=row.label("label"),
+        label=label,
         split=row["split"],
-        boxes=row.boxes("boxes"),
+        boxes=boxes,
         hardware=row.flag("hardware"),
-        weight=_weight(row["weight"]),
+        weight=_weight(row),
         where=row.where,
     )
 
 
-def _weight(text: str) -> float:
-    weight = float(text or 1)
+def _weight(row: Row) -> float:
+    weight = row.number("weight", 1.0)
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"the weight {text!r} is not above 0")
+        raise ValueError(f"the weight {weight:g} is not above 0")
     return weight

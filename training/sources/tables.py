@@ -10,6 +10,8 @@ from pathlib import Path
 from mura_batch.errors import Misconfigured
 from training.dataset import Film, Problem, Region
 
+_LABELS = {"0": 0, "0.0": 0, "negative": 0, "1": 1, "1.0": 1, "positive": 1}
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -29,22 +31,24 @@ class Row:
 
     def label(self, column: str) -> int:
         """Return 0 or 1; ValueError."""
-        return label(self[column])
+        if (found := _LABELS.get(self[column].lower())) is None:
+            raise ValueError(f"the {column} {self[column]!r} is neither 0 nor 1")
+        return found
 
     def flag(self, column: str) -> bool | None:
         """Return a yes or no, None where nothing is said; ValueError."""
         return None if self[column] == "" else bool(self.label(column))
 
+    def number(self, column: str, default: float) -> float:
+        """Return a number, the default where nothing is said; ValueError."""
+        try:
+            return float(self[column] or default)
+        except ValueError as exc:
+            raise ValueError(f"the {column} {self[column]!r} is no number") from exc
+
     def boxes(self, column: str) -> tuple[Region, ...]:
         """Return boxes; ValueError."""
         return Region.parse(self[column])
-
-
-def label(text: str) -> int:
-    """Return 0 or 1; ValueError."""
-    if text not in {"0", "1", "0.0", "1.0"}:
-        raise ValueError(f"the label {text!r} is neither 0 nor 1")
-    return int(text[0])
 
 
 def gather(
