@@ -171,7 +171,7 @@ LIMB_FILMS = FitSettings(
     LIMB,
     "densenet121-lse",
     head_epochs=0,
-    stages=(Stage(96, 24, crops=True), Stage(320, 3, frozen=2)),
+    stages=(Stage(96, 20, crops=True), Stage(320, 3, frozen=2)),
     rate=5e-4,
     block_decay=0.9,
     imbalance="balanced",
