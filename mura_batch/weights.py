@@ -265,19 +265,19 @@ class WeightsStore:
             )
         return card
 
-    def find(self, area: Area, digest_prefix: str) -> Card:
-        """Return the card of ``area`` whose digest begins with ``digest_prefix``.
+    def find(self, area: Area | None, digest_prefix: str) -> Card:
+        """Return the card of ``area``, or of any, whose digest begins with ``digest_prefix``.
 
         Raises:
             Misconfigured: none does, or several do; the message lists the digests there are.
         """
         cards = self.cards(area)
         found = [card for card in cards if card.sha256.startswith(digest_prefix.lower())]
-        if len(found) == 1 and digest_prefix:
+        if digest_prefix and len({card.sha256 for card in found}) == 1:
             return found[0]
-        stored = ", ".join(card.short for card in cards) or "nothing"
+        stored = ", ".join(dict.fromkeys(card.short for card in cards)) or "nothing"
         raise Misconfigured(
-            f"{area}: {'no weights have' if not found else 'several weights have'} a digest that"
+            f"{area or self.directory}: {'several' if found else 'no'} weights have a digest that"
             f" begins with {digest_prefix[:64]!r}; stored: {stored}"
         )
 

@@ -182,7 +182,7 @@ def test_a_manifest_in_csv_and_parquet_is_the_same(tmp_path: Path) -> None:
     file = write_manifest(tmp_path, {"hardware": "1"})
     data = read(file).checked()
     assert [(f.label, f.hardware, f.weight) for f in data.films[:2]] == [(0, True, 2), (1, None, 2)]
-    assert data.films[0].boxes == (Region(0.5, 0.5, 0.1, 0.2),)
+    assert data.films[1].boxes == (Region(0.5, 0.5, 0.1, 0.2),)
     with file.open() as stream:
         rows = list(csv.DictReader(stream))
     typed = [row | {"label": int(row["label"]), "weight": float(row["weight"])} for row in rows]

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from site_home import make_home
 from tiny_atlas import TINY, write_atlas
 
+from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient
 from mura_batch.network import EvidenceNet
 from mura_batch.runtime import load
+from mura_batch.weights import bundled_card
 from training.crossval import Record, cross_validate
 from training.evaluate import score_films
 from training.fit import LossIsNoNumber, fit
@@ -141,6 +144,11 @@ def test_a_start_that_may_have_seen_the_folds_is_told_of(atlas: Path, tmp_path: 
     done = training("fit", atlas, tmp_path / "more", "--start", "bundled", *options)
     assert done.returncode == 0, done.stderr
     assert "the bundled weights learned FracAtlas" in done.stderr
+    home = make_home(tmp_path / "home")
+    stored = ("--home", home.path, "--start", bundled_card(Area.XR_HAND).short)
+    done = training("fit", atlas, tmp_path / "stored", *stored, *options)
+    assert done.returncode == 0, done.stderr
+    assert described(tmp_path / "stored")["start"] == described(tmp_path / "more")["start"]
     hybrid = ("--architecture", "densenet121-transformer", "--start", tmp_path / "run/network.pt")
     done = training("fit", atlas, tmp_path / "hybrid", *hybrid, *options)
     assert "has no encoder, " in done.stderr, done.stderr

@@ -26,7 +26,10 @@ LABELS = click.option(
     "--labels", type=FOUND, help="CSV of labels (study, label) of a folder of DICOM."
 )
 AREA = click.Choice(tuple(Area), case_sensitive=False)
-_START = "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors)."
+_START = (
+    "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors); with"
+    " --home a digest."
+)
 _RATE = click.FloatRange(0, min_open=True)
 _SHARE = click.FloatRange(0)
 _FOLDS = 5  # where the data states none
@@ -64,6 +67,7 @@ _SETTINGS = (
 _FITTED = (
     click.option("--area", type=AREA, multiple=True, help="Films of this area (again for more)."),
     click.option("--start", metavar="HOW", default="nothing", show_default=True, help=_START),
+    click.option("--home", type=FOUND, help="Home whose weights --start names by their digest."),
     click.option("--settings", type=FOUND, help="best.json of a search, or run.json of a run."),
 )
 
@@ -88,15 +92,19 @@ class _Asked(NamedTuple):
 def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
     """Read data and settings; ``base`` stands in for the settings that suit the start."""
     from training.run_folder import read_settings
-    from training.start import settings_for
+    from training.start import in_home, like, settings_for
 
     click.echo(NOTICE, err=True)
     data = read(options.pop("path"), options.pop("labels")).checked()
     if area := options.pop("area", ()):
         data = data.only(area)
     start = options.pop("start", "nothing")
-    file = options.pop("settings", None)
-    settings = base or (read_settings(file) if file else settings_for(start))
+    if home := options.pop("home", None):
+        path, card = in_home(home, start)
+        start, base = str(path), like(card)
+    if file := options.pop("settings", None):
+        base = read_settings(file)
+    settings = base or settings_for(start)
     given = {name: value for name, value in options.items() if value is not None}
     if (epochs := given.pop("epochs", None)) is not None:
         *before, last = settings.stages

@@ -15,8 +15,16 @@ from torch import Tensor
 from torchvision.models import DenseNet121_Weights, densenet121
 
 from mura_batch.area import Area
+from mura_batch.config import load as load_settings
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
-from mura_batch.weights import Card, bundled_card, fitted, load_bundled, read_card
+from mura_batch.weights import (
+    Card,
+    WeightsStore,
+    bundled_card,
+    fitted,
+    load_bundled,
+    read_card,
+)
 from mura_batch.weights_card import ARCHITECTURE
 from training.run_folder import read_settings
 from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
@@ -39,17 +47,17 @@ def settings_for(start: str) -> FitSettings:
     if start in _FIXED:
         return _FIXED[start]
     if start == "bundled":
-        return _like(bundled_card(Area.XR_HAND))
+        return like(bundled_card(Area.XR_HAND))
     file = Path(start)
     if not file.name:
         raise Misconfigured(_NO_START.format(start))
     if file.with_suffix(".json").is_file():
-        return _like(read_card(file.with_suffix(".json")))
+        return like(read_card(file.with_suffix(".json")))
     if file.with_name("run.json").is_file():
         before = read_settings(file.with_name("run.json"))
         if before.joint:
             return replace(LIMB_FILMS, architecture=before.architecture)
-        return _like(before)
+        return like(before)
     return FitSettings()
 
 
@@ -59,7 +67,19 @@ def of_the_bundled() -> str:
     return f"the bundled weights learned {learned}: figures on any of these films are too good"
 
 
-def _like(before: Card | FitSettings) -> FitSettings:
+def in_home(home: Path, digest: str) -> tuple[Path, Card]:
+    """Return the file and a card of those weights in a home whose digest begins so.
+
+    Raises:
+        Misconfigured: there are none, or several.
+    """
+    store = WeightsStore(load_settings(home, {}).weights_dir)
+    card = store.find(None, digest)
+    return store.file(card), card
+
+
+def like(before: Card | FitSettings) -> FitSettings:
+    """Return the default settings to go on from weights or a run."""
     return two_phases(before.preprocessing, before.architecture)
 
 
