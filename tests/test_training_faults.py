@@ -151,7 +151,7 @@ def test_a_start_that_may_have_seen_the_folds_is_told_of(atlas: Path, tmp_path: 
     assert described(tmp_path / "stored")["start"] == described(tmp_path / "more")["start"]
     hybrid = ("--architecture", "densenet121-transformer", "--start", tmp_path / "run/network.pt")
     done = training("fit", atlas, tmp_path / "hybrid", *hybrid, *options)
-    assert "has no encoder, " in done.stderr, done.stderr
+    assert "has no classifier, encoder, project of this network" in done.stderr, done.stderr
 
 
 def test_each_fold_goes_on_from_a_network_of_its_own(atlas: Path, tmp_path: Path) -> None:

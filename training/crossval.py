@@ -152,7 +152,7 @@ def cross_validate(
     areas: Collection[str] = tuple(Area),
     start: str = "nothing",
     device: str = "cpu",
-    workers: int = 2,
+    workers: int | None = None,
 ) -> Record:
     """Train without each fold and score it; write ``run/record.json`` after each.
 

@@ -11,6 +11,7 @@ within 0.05 of it (a short run on few films; longer ones drift further).
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ from training.settings import CELL, FitSettings, Phase, Stage
 from training.start import shared
 
 _COMPARED = ("settings", "start", "data")  # what makes two runs one
+_FEW_CORES = 4
 _FEATURES = 1024  # channels of DenseNet-121's last map
 _LOOK = 100  # steps between two looks at the loss
 
@@ -67,15 +69,16 @@ def fit(
     held_out: Collection[str] = (),
     start: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
-    workers: int = 2,
+    workers: int | None = None,
     cache: Path | None = None,
     stop_after: int | None = None,
 ) -> None:
     """Train on the films outside the splits ``held_out`` and leave ``run/network.pt``.
 
     ``start`` is the state to begin with, None for random weights; ``cache`` the folder of prepared
-    films, by default ``films`` beside the run. Where ``run`` holds a run that was cut off, that
-    goes on; ``stop_after`` epochs cuts it off on purpose.
+    films, by default ``films`` beside the run; ``workers`` processes draw films, by default none on
+    a CPU of few cores, which the network needs itself. Where ``run`` holds a run that was cut off,
+    that goes on; ``stop_after`` epochs cuts it off on purpose.
 
     Raises:
         Misconfigured: the data has problems or one label only, a film cannot be read, the device
@@ -96,12 +99,19 @@ def fit(
     if (run / "network.pt").exists():
         read_state(run / "network.pt")
         return
-    inputs = _prepare(sides, settings.preprocessing, cache or run.parent / "films", workers)
+    if workers is None:
+        workers = default_workers(device)
+    inputs = _prepare(sides, settings.preprocessing, cache or run.parent / "films")
     with alone_in(run):
         if not compare(told, run / "run.json", _COMPARED):
             write_json(told, run / "run.json")
         trainer = _Trainer(network.to(device), settings, sides, inputs, run=run, workers=workers)
         trainer.train(stop_after)
+
+
+def default_workers(device: str) -> int:
+    """Return how many processes draw films: on few cores they take more than they give."""
+    return 0 if device == "cpu" and (os.cpu_count() or 1) <= _FEW_CORES else 2
 
 
 def _begin_with(network: Network, start: Mapping[str, Tensor]) -> None:
@@ -123,10 +133,10 @@ class _Inputs(NamedTuple):
     aside: Prepared | None
 
 
-def _prepare(sides: Sides, spec: Preprocessing, cache: Path, workers: int) -> _Inputs:
+def _prepare(sides: Sides, spec: Preprocessing, cache: Path) -> _Inputs:
     return _Inputs(
-        prepared(sides.train, spec, cache, headroom=True, workers=workers),
-        prepared(sides.aside, spec, cache, workers=workers) if sides.aside else None,
+        prepared(sides.train, spec, cache, headroom=True),
+        prepared(sides.aside, spec, cache) if sides.aside else None,
     )
 
 

@@ -44,8 +44,8 @@ _HELD_OUT = click.option(
 )
 _DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda:N or mps.")
 _MACHINE = (
-    click.option("--workers", type=click.IntRange(0), default=2, show_default=True,
-                 help="Processes that read and augment films."),
+    click.option("--workers", type=click.IntRange(0), show_default="0 on few CPU cores, else 2",
+                 help="Processes that augment films beside the training."),
     _DEVICE,
 )  # fmt: skip
 _SETTINGS = (
@@ -156,7 +156,7 @@ def _warn_of_seen(start: str, splits: Iterable[str]) -> None:
 @click.command()
 @_all(*_DATA, _HELD_OUT, *_SETTINGS, *_MACHINE)
 def pretrain(
-    *, run: Path, held_out: tuple[str, ...], workers: int, device: str, **options: Any
+    *, run: Path, held_out: tuple[str, ...], workers: int | None, device: str, **options: Any
 ) -> None:
     """Train a trunk from nothing on all films of PATH, limbs of other regions too.
 
@@ -174,7 +174,7 @@ def pretrain(
 @click.command("fit")
 @_all(*_DATA, *_FITTED, _HELD_OUT, *_SETTINGS, *_MACHINE)
 def fit_command(
-    *, run: Path, held_out: tuple[str, ...], workers: int, device: str, **options: Any
+    *, run: Path, held_out: tuple[str, ...], workers: int | None, device: str, **options: Any
 ) -> None:
     """Train a network on the labelled films of PATH into the folder RUN.
 
@@ -189,7 +189,9 @@ def fit_command(
     _fit(_asked(options), run, held_out, workers, device)
 
 
-def _fit(asked: _Asked, run: Path, held_out: tuple[str, ...], workers: int, device: str) -> None:
+def _fit(
+    asked: _Asked, run: Path, held_out: tuple[str, ...], workers: int | None, device: str
+) -> None:
     from training.fit import fit
     from training.start import state_of
 
@@ -212,7 +214,7 @@ def _fit(asked: _Asked, run: Path, held_out: tuple[str, ...], workers: int, devi
 @click.option("--fold", multiple=True, metavar="SPLIT", help="This fold only (again for more).")
 @_all(*_SETTINGS, *_MACHINE)
 def cross_validate_command(
-    *, run: Path, fold: tuple[str, ...], workers: int, device: str, **options: Any
+    *, run: Path, fold: tuple[str, ...], workers: int | None, device: str, **options: Any
 ) -> None:
     """Train without each fold of PATH in turn, score it, and write RUN/record.json.
 

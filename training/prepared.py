@@ -27,6 +27,7 @@ from training.dataset import Edges, Film
 from training.run_folder import in_turn
 
 _HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp
+_READERS = 2  # processes
 _CHUNK = 16  # films that a process reads at a time
 _FEW = 200  # films that one process has read before others have started
 
@@ -56,12 +57,11 @@ def prepared(
     folder: Path,
     *,
     headroom: bool = False,
-    workers: int = 0,
 ) -> Prepared:
     """Return the films, read where ``folder`` does not have them yet.
 
     With ``headroom`` S is larger than the network's input. The file's name says of which films
-    and how. ``workers`` processes read them.
+    and how. Several processes read them where they are many.
 
     Raises:
         Misconfigured: a film cannot be read.
@@ -76,7 +76,7 @@ def prepared(
         found = _kept(file, boxes, len(films))
         if found is None:
             part = file.with_suffix(".part")
-            found = _read_all(films, spec, part, workers if len(films) > _FEW else 0)
+            found = _read_all(films, spec, part, _READERS if len(films) > _FEW else 0)
             text = json.dumps(found).encode()
             write_atomic(boxes, lambda stream: stream.write(text))
             part.replace(file)

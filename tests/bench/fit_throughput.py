@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
-from training.fit import Sides, _prepare, _Trainer
+from training.fit import Sides, _prepare, _Trainer, default_workers
 from training.loader import Drawn
 from training.prepared import Prepared
 from training.settings import FitSettings, Stage
@@ -48,9 +48,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="mura-batch-training-") as scratch:
         sides = Sides(films, ())
-        inputs = _prepare(sides, settings.preprocessing, Path(scratch), 2)
+        inputs = _prepare(sides, settings.preprocessing, Path(scratch))
         network = EvidenceNet().to(options.device)
-        trainer = _Trainer(network, settings, sides, inputs, run=Path(scratch), workers=2)
+        workers = default_workers(options.device)
+        trainer = _Trainer(network, settings, sides, inputs, run=Path(scratch), workers=workers)
         bare, whole = [], []
         for number in range(options.rounds):
             bare.append(of_bare_steps(inputs.train, settings, options.device, len(films)))
