@@ -89,15 +89,16 @@ def fit(
     sides = divide(data.checked().has_splits(held_out).films, held_out, settings)
     torch.use_deterministic_algorithms(device == "cpu")
     # By default a deterministic run fills all new memory with NaN, lest somebody reads what lies
-    # there: nobody does here, and it costs 4 % of a step. Torch's types do not know the attribute.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # there: nobody does here, and it costs 4 % of a step.
+    filling = torch.utils.deterministic
+    filling.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch's types lack it
     torch.manual_seed(settings.seed)
     network = network_of(settings.architecture)
     _begin_with(network, start or {})
     told = made_of(settings, *sides, held_out=held_out, start=network.state_dict())
     compare(told, run / "run.json", _COMPARED)  # before hours of reading
     if (run / "network.pt").exists():
-        read_state(run / "network.pt")
+        read_state(run / "network.pt")  # done before, if it is whole
         return
     if workers is None:
         workers = default_workers(device)

@@ -310,8 +310,7 @@ def _pdf(page: Path) -> Iterator[Path]:
     target = page.with_suffix(".pdf")
     target.unlink(missing_ok=True)
     if found := shutil.which(_CONVERTER):
-        # No shell reads it, and nothing in it comes from outside: a program found by a fixed name.
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(  # noqa: S603 - no shell, a program found by a fixed name
             [found, str(page), str(target)], capture_output=True, text=True, check=False
         )
         if done.returncode:
