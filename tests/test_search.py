@@ -76,7 +76,9 @@ def test_a_search_killed_in_a_trial_goes_on_with_it(atlas: Path, tmp_path: Path)
     (cut,) = trials(run)
     assert cut.state is TrialState.RUNNING
     with subprocess.Popen([*command, "2"], env=env) as child:
-        while child.poll() is None and len(trials(run)) == 1:
+        while child.poll() is None and not any(
+            trial.state is TrialState.RUNNING for trial in trials(run)[1:]
+        ):
             time.sleep(0.01)
         workers = psutil.Process(child.pid).children(recursive=True)
         child.kill()
