@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,15 @@ def new_url(request, tmp_path_factory):
             return f"sqlite:///{file}"
 
         return fresh
-    database.upgrade(postgres_database("template_store"))
-    return lambda: postgres_database(f"store{next(_names)}", "template_store")
+    template = _postgres_template()
+    return lambda: postgres_database(f"store{next(_names)}", template)
+
+
+@cache
+def _postgres_template():
+    name = "template_store"
+    database.upgrade(postgres_database(name))
+    return name
 
 
 @pytest.fixture
