@@ -51,7 +51,7 @@ def new_url(request, tmp_path_factory):
     return lambda: postgres_database(f"store{next(_names)}", template)
 
 
-@cache
+@cache  # a process that takes its test files one by one sets up the fixture above for each
 def _postgres_template():
     name = "template_store"
     database.upgrade(postgres_database(name))
