@@ -25,7 +25,7 @@ from training.sources import fracatlas
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of two folds, of one with a part changed, and of a specialist."""
+    """Records of two folds, the same changed, of one with a part changed, and of a specialist."""
     root = tmp_path_factory.mktemp("report")
     data = fracatlas.read(write_atlas(root / "atlas"))
     boxed = (replace(f, boxes=(Region(0.5, 0.5, 0.4, 0.3),) * f.label) for f in data.films)
@@ -38,6 +38,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("specialists/hand", replace(whole, rate=1e-4), ("1",)),
     ):
         write_record(root, name, settings, folds)
+    same = Record.read(root / "records/generalist.json")
+    (root / "records/variants").mkdir()
+    changed = replace(same, settings=replace(whole, inside=0.5))
+    write_json(changed.to_json(), root / "records/variants/more-inside.json")
     (root / "records/data.json").write_text(survey(data, workers=1).to_json())
     return root
 
@@ -73,7 +77,9 @@ def test_the_note_says_what_the_records_say(made: Path, tmp_path: Path) -> None:
         assert row[4] == "5 / 2"
     (hand,) = rows(note, "no first phase")
     assert hand[1] == "head epochs 0 (1); inside 0.2 (0.0)"
-    assert rows(note, "in full")[0][5] == "5 / 2"
+    assert [row[5] for row in rows(note, "in full")] == ["10 / 4", "5 / 2"]
+    (variant,) = rows(note, "more inside")
+    assert variant[1] == "inside 0.5 (0.0)"
     assert rows(note, "base")[0][7] == "-"
     (special,) = (row for row in rows(note, "XR_HAND") if row[1] == "hand")
     assert special[2] == "rate 0.0001 (0.0003)"

@@ -37,6 +37,7 @@ from training.dataset import Film, Region
 from training.evaluate import FilmScore
 from training.fit import divide, fit
 from training.loader import Drawn
+from training.localisation import Localised
 from training.metrics import Cases
 from training.objectives import film_order, film_weights
 from training.optimisation import parameter_groups, warm_cosines
@@ -116,6 +117,10 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
         replace(
             one,
             film=replace(one.film, study=f"{one.film.study}-{n}", patient=f"{n}{one.film.patient}"),
+            logit=one.logit + 5 * one.film.label,  # else some thresholds find none
+            localised=Localised(hit=True, chance=0.1, energy=0.5, overlap=0.2)
+            if one.film.label
+            else None,
         )
         for n in range(4)  # else they are too few to estimate anything
         for one in score_run(whole, unseen)
@@ -144,6 +149,7 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
     hand = read_card(tmp_path / "bundle/cards/XR_HAND.json")
     assert f"AUC {hand.metrics['study_auc'].value:.3f}" in next(iter(study_figures(kept)))
     assert hand.metrics["study_auc"].on.startswith("20 studies")
+    assert hand.metrics["peak_touches_box"].value == 1
     otherwise = replace(kept, folds=(replace(fold, start="0"),))
     with pytest.raises(Misconfigured, match="began otherwise"):
         publish_bundled(data.films, otherwise, every, tmp_path / "b")
@@ -231,12 +237,38 @@ def everything(atlas: Path, run: Path, settings: FitSettings) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(stream)]
 
 
+def test_the_mean_of_the_networks_that_stages_end_with_is_taken(
+    atlas: Path, tmp_path: Path
+) -> None:
+    data = fracatlas.read(atlas)
+    stages = (Stage(64, 1), Stage(32, 1, crops=True), Stage(64, 1, frozen=2))
+    last = replace(TINY, head_epochs=0, patience=None, stages=stages)
+    mean = replace(last, swa=True)
+    assert (last.ends, mean.ends) == ((), (1, 3))
+    fit(data, tmp_path / "first", replace(last, stages=stages[:1]), workers=0)
+    fit(data, tmp_path / "last", last, workers=0)
+    fit(data, tmp_path / "mean", mean, workers=0, stop_after=2)
+    fit(data, tmp_path / "mean", mean, workers=0)
+    first, after, both = (
+        torch.load(tmp_path / name / "network.pt", weights_only=True)
+        for name in ("first", "last", "mean")
+    )
+    name = "features.denseblock4.denselayer16.conv2.weight"
+    assert not torch.equal(first[name], after[name])
+    for name, tensor in both.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (first[name] + after[name]) / 2)
+
+
 def test_what_is_asked_besides_counts_in_the_loss(atlas: Path, tmp_path: Path) -> None:
     one = replace(TINY, head_epochs=0, stages=(Stage(64, 1),))
     plain, *_ = everything(atlas, tmp_path / "plain", one)
     for name in ("inside", "steady", "joint"):
         besides, *_ = everything(atlas, tmp_path / name, replace(one, **{name: 1.0}))
         assert besides > plain
+    staged = replace(one, stages=(Stage(64, 1, inside=1.0),))
+    inside, *_ = everything(atlas, tmp_path / "staged", staged)
+    assert inside > plain
     cropped = replace(one, stages=(Stage(32, 1, crops=True), Stage(64, 1)), inside=0.5)
     assert len(everything(atlas, tmp_path / "crops", cropped)) == 2
 

@@ -55,6 +55,7 @@ def training(*arguments: object) -> subprocess.CompletedProcess[str]:
         ("aside", 0),
         ("average", 5),
         ("patience", 0),
+        ("swa", "false"),
         ("seed", 2**32),
         ("stages", []),
     ],
@@ -68,7 +69,7 @@ def test_settings_that_cannot_be_are_named(name: str, value: object, tmp_path: P
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 33}, {"epochs": 0}, {"frozen": 9}, {"frozen": -1}, {"size": 32}],
+    [{"size": 33}, {"epochs": 0}, {"frozen": 9}, {"frozen": -1}, {"size": 32}, {"inside": -1}],
 )
 def test_stages_that_cannot_be_are_refused(change: dict[str, int], tmp_path: Path) -> None:
     stage = asdict(QUICK.stages[0]) | change

@@ -193,7 +193,7 @@ def evaluate(scores: Sequence[FilmScore], deciding: Deciding, area: str) -> list
             count, positive = len(some.labels), int(some.labels.sum())
             told = figures(some, deciding.thresholds)
             found.append(Evaluation(area, level, stratum, count, positive, told))
-    return [*found, *_where(scores, deciding, area)]
+    return [*found, *where_evidence_lies(scores, deciding, area)]
 
 
 def _strata(groups: Sequence[Sequence[FilmScore]]) -> dict[str, NDArray[np.bool_]]:
@@ -207,7 +207,9 @@ def _strata(groups: Sequence[Sequence[FilmScore]]) -> dict[str, NDArray[np.bool_
     return {name: chosen for name, chosen in strata.items() if name == "all" or chosen.any()}
 
 
-def _where(scores: Sequence[FilmScore], deciding: Deciding, area: str) -> Iterator[Evaluation]:
+def where_evidence_lies(
+    scores: Sequence[FilmScore], deciding: Deciding, area: str
+) -> Iterator[Evaluation]:
     """Yield how the evidence lies to the boxes of the films that have some."""
     boxed = [one for one in scores if one.localised is not None]
     if not boxed:

@@ -214,6 +214,7 @@ class _Trainer:
         self._joint = nn.Linear(_FEATURES, self._shown.shape[1])
         self._joint.to(self._device)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.precision == "fp16")
+        self._ends: list[dict[str, Tensor]] = []
         self._history: list[dict[str, float]] = []
         self._seconds = 0.0
         self._begin(self._plan[0].phase)
@@ -227,12 +228,24 @@ class _Trainer:
                 for name, value in told.items():
                     board.add_scalar(name, value, len(self._history))
         if self._ended():
-            state = read_state(self._run / "best.pt") if self._aside else self._state()
+            state = self._outcome()
             _finite(sum(float(tensor.sum()) for tensor in state.values()), "the end")
             losses = [round(told["loss"], 5) for told in self._history]
             outcome = {"seconds": round(self._seconds), "losses": losses}
             write_json(outcome, self._run / "outcome.json")
             save(state, self._run / "network.pt")
+
+    def _outcome(self) -> dict[str, Tensor]:
+        """Return the state of the network that the run was for."""
+        if self._aside:
+            return read_state(self._run / "best.pt")
+        ends = self._ends or [self._state()]
+        return {
+            name: torch.stack([end[name] for end in ends]).mean(0)
+            if last.is_floating_point()
+            else last
+            for name, last in ends[-1].items()
+        }
 
     def _ended(self) -> bool:
         """Whether all epochs are over, or too many have brought nothing better."""
@@ -265,6 +278,8 @@ class _Trainer:
         self._history.append(told)
         if self._best() == number:
             save(self._state(), self._run / "best.pt")
+        if len(self._history) in self._settings.ends:
+            self._ends.append({name: tensor.clone() for name, tensor in self._state().items()})
         self._seconds += time.monotonic() - began
         write_log(self._run / "log.csv", self._history)
         save(self._everything(), self._run / "state.pt")
@@ -296,10 +311,12 @@ class _Trainer:
             pin_memory=self._device.type == "cuda",
         )
         name = f"epoch {number + 1} of {len(self._plan)}"
+        own = epoch.stage.inside
+        inside = self._settings.inside if own is None else own
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for step, draw in enumerate(tqdm(loader, desc=name, disable=None), start=1):
             some = order[(step - 1) * self._settings.batch : step * self._settings.batch]
-            total += self._step(draw, some)
+            total += self._step(draw, some, inside)
             if step % _LOOK == 0 or step == len(loader):  # to look waits for the device
                 _finite(float(total), name)
         return float(total) / len(loader)
@@ -313,9 +330,9 @@ class _Trainer:
             part.requires_grad_(not frozen).train(not frozen)
             frozen = frozen and (epoch.phase == "head" or name != last)
 
-    def _step(self, draw: Draw, numbers: Sequence[int]) -> Tensor:
+    def _step(self, draw: Draw, numbers: Sequence[int], inside: float) -> Tensor:
         with self._autocast():
-            loss = self._loss(draw, numbers)
+            loss = self._loss(draw, numbers, inside)
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
         self._scaler.step(self._optimiser)
@@ -324,8 +341,8 @@ class _Trainer:
         self._average.update_parameters(self._network)
         return loss.detach()
 
-    def _loss(self, draw: Draw, numbers: Sequence[int]) -> Tensor:
-        """Return the loss of a batch: of classification, and of what the settings ask besides."""
+    def _loss(self, draw: Draw, numbers: Sequence[int], inside: float) -> Tensor:
+        """Return the loss of a batch: of classification, and of what is asked for besides."""
         settings, films, boxes = self._settings, draw.film, draw.boxes
         if settings.steady:  # both in one pass
             films = torch.cat([films[:, :-CELL, :-CELL], films[:, CELL:, CELL:].flip(-1)])
@@ -340,9 +357,9 @@ class _Trainer:
             logits, labels.expand_as(logits), weights.expand_as(logits)
         )
         maps = found.map.float()
-        if settings.inside:
+        if inside:
             lost = outside(maps[: len(labels)], boxes.to(self._device))
-            loss = loss + settings.inside * (weights * labels * lost).mean()
+            loss = loss + inside * (weights * labels * lost).mean()
         if settings.steady:
             moved = unsteady(maps[: len(labels)], maps[len(labels) :])
             loss = loss + settings.steady * (weights * moved).mean()
@@ -389,6 +406,7 @@ class _Trainer:
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
             "joint": self._joint.state_dict(),
+            "ends": self._ends,
             "history": self._history,
             "seconds": self._seconds,
         }
@@ -406,6 +424,7 @@ class _Trainer:
             self._schedule.load_state_dict(state["schedule"])
             self._scaler.load_state_dict(state["scaler"])
             self._joint.load_state_dict(state["joint"])
+            self._ends = [{n: t.cpu() for n, t in end.items()} for end in state["ends"]]
             self._history = state["history"]
             self._seconds = state["seconds"]
         except (KeyError, TypeError, ValueError, RuntimeError) as exc:

@@ -106,13 +106,15 @@ def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
         base = read_settings(file)
     settings = base or settings_for(start)
     given = {name: value for name, value in options.items() if value is not None}
+    stages = settings.stages
+    if "inside" in given:
+        stages = tuple(replace(stage, inside=None) for stage in stages)
     if (epochs := given.pop("epochs", None)) is not None:
-        *before, last = settings.stages
-        given["stages"] = (*before, replace(last, epochs=epochs))
+        stages = (*stages[:-1], replace(stages[-1], epochs=epochs))
     if given.get("patience") == 0:
         given["patience"] = None
     try:
-        settings = replace(settings, **given)
+        settings = replace(settings, stages=stages, **given)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
     return _Asked(data, settings, start)

@@ -30,8 +30,9 @@ from training.evaluate import (
     by_study,
     cases_of,
     score_films,
+    where_evidence_lies,
 )
-from training.metrics import Cases, auc_of
+from training.metrics import Cases, Estimate, auc_of
 from training.run_folder import described, read_settings, read_state
 from training.settings import FitSettings
 
@@ -119,7 +120,7 @@ def card_for(
         ),
         calibration=deciding.calibration,
         training_data=origins.training_data,
-        metrics=_metrics(exams, area, found.on),
+        metrics=_metrics(found.scores, deciding, area, found.on),
         licence=origins.licence,
         origin=origins.origin,
         source=origins.source,
@@ -235,23 +236,33 @@ def deciding_of(record: Record) -> Deciding:
     return decided_by(by_study(record.scores), "out of fold")
 
 
-def _metrics(exams: Sequence[Sequence[FilmScore]], area: Area, on: str) -> dict[str, Metric]:
-    """Return the AUC over all areas where there are several, and over this area's studies."""
-    own = [exam for exam in exams if exam[0].film.area == area]
-    found = {}
-    if len(own) < len(exams):
-        found["study_auc_all_areas"] = cases_of(exams, None)
+def _metrics(
+    scores: Sequence[FilmScore], deciding: Deciding, area: Area, on: str
+) -> dict[str, Metric]:
+    """Return the AUC of this area's studies and, where there are others, of all; and how often the
+    peak of the evidence touches a box in this area's found films.
+    """
+    own = [one for one in scores if one.film.area == area]
+    found: dict[str, tuple[Estimate, str]] = {}
+    if len(own) < len(scores):
+        cases = cases_of(by_study(scores), None)
+        found["study_auc_all_areas"] = auc_of(cases), _count(cases)
     if own:
-        found["study_auc"] = cases_of(own, None)
-    metrics = {}
-    for name, cases in found.items():
-        auc = auc_of(cases)
-        if auc.value is not None:
-            words = f"{_count(cases)}; {on}; 95 % bootstrap over patients"
-            metrics[name] = Metric(
-                round(auc.value, 4), _rounded(auc.low), _rounded(auc.high), words
-            )
-    return metrics
+        cases = cases_of(by_study(own), None)
+        found["study_auc"] = auc_of(cases), _count(cases)
+    for one in where_evidence_lies(own, deciding, area):
+        if one.stratum == "found":
+            found["peak_touches_box"] = one.figures["hit"], f"{one.count} found films with boxes"
+    return {
+        name: Metric(
+            round(told.value, 4),
+            _rounded(told.low),
+            _rounded(told.high),
+            f"{of}; {on}; 95 % bootstrap over patients",
+        )
+        for name, (told, of) in found.items()
+        if told.value is not None
+    }
 
 
 def _count(cases: Cases) -> str:

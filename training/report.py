@@ -4,6 +4,7 @@ It is written from a folder of records alone (:class:`training.crossval.Record`)
 
 - ``generalist.json``: the method in full, over all folds;
 - ``specialists/*.json``: networks of some areas, held against it on the studies that both scored;
+- ``variants/*.json``: the same with a part of the method changed, held against it;
 - ``parts/*.json``: shorter trainings, each with a part of the method changed, held against
   ``parts/base.json``;
 - ``data.json``: what ``data report --json`` said of the films.
@@ -19,7 +20,7 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ from training.sources.mura import PUBLISHED_IMAGES, PUBLISHED_STUDIES
 
 GENERALIST = "generalist.json"
 _BASE = "base"
+_IN_FULL = "in full"
 _TEMPLATE = "report.md.jinja"
 _CONVERTER = "weasyprint"  # HTML to PDF
 
@@ -132,6 +134,7 @@ def write_note(records: Path, out: Path) -> list[Path]:
         calibrated=_calibrated(whole),
         grid=whole.settings.preprocessing.size // 32,
         specialists=list(_specialists(records, whole)),
+        variants=list(_variants(records, whole)),
         parts=list(_parts(records, whole)),
         data=_data(records / "data.json"),
         mura=list(_mura()),
@@ -195,12 +198,21 @@ def _parts(records: Path, whole: Record) -> Iterator[Compared]:
     if _BASE not in found:
         raise Misconfigured(f"{records / 'parts'} holds no {_BASE}.json to compare with.")
     base = found.pop(_BASE)
-    for name, record in ((_BASE, base), *found.items(), ("in full", whole)):
+    every = ((_BASE, base), *found.items(), (_IN_FULL, whole))
+    yield from _beside(base, every, records / "parts")
+
+
+def _variants(records: Path, whole: Record) -> Iterator[Compared]:
+    """Yield the method in full, and each full training with a part changed, beside it."""
+    if found := _records(records / "variants"):
+        yield from _beside(whole, ((_IN_FULL, whole), *found), records / "variants")
+
+
+def _beside(base: Record, every: Iterable[tuple[str, Record]], folder: Path) -> Iterator[Compared]:
+    for name, record in every:
         rows = list(_compared(name, record, base, ALL_AREAS))
         if not rows:
-            raise Misconfigured(
-                f"{records / 'parts'}: {name} and {_BASE} share no studies of both labels."
-            )
+            raise Misconfigured(f"{folder}: {name} shares no studies of both labels to compare by.")
         yield from rows
 
 

@@ -254,11 +254,11 @@ def _suggested(trial: optuna.Trial, base: FitSettings) -> FitSettings:
         size=size,
         fit=cast("Fit", trial.suggest_categorical("fit", get_args(Fit))),
     )
-    *before, last = base.stages
+    last = base.stages[-1].size
     return replace(
         base,
         preprocessing=spec,
-        stages=(*before, replace(last, size=size)),
+        stages=tuple(replace(s, size=size) if s.size == last else s for s in base.stages),
         head_epochs=trial.suggest_int("head_epochs", 0, 4),
         rate=trial.suggest_float("rate", 1e-5, 3e-3, log=True),
         block_decay=trial.suggest_float("block_decay", 0.4, 1.0),

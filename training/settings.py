@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ _WORDS = {
     "architecture": ARCHITECTURES,
     "imbalance": get_args(Imbalance),
     "precision": get_args(Precision),
+    "swa": (True, False),
 }
 _INTEGERS = {"head_epochs": (0, math.inf), "batch": (2, math.inf), "seed": (0, 2**32 - 1)}
 _NUMBERS = {
@@ -55,12 +57,14 @@ class Stage:
             Where most positive films have no boxes, all films stay whole.
         frozen: dense blocks, from the input on, that stay as they are: they are the most costly
             to train, and see on whole films what they saw on crops.
+        inside: weight of the evidence's energy inside the boxes in this stage; None: the run's.
     """
 
     size: int
     epochs: int
     crops: bool = False
     frozen: int = 0
+    inside: float | None = None
 
     def __post_init__(self) -> None:
         if not (_whole(self.size, CELL, math.inf) and self.size % CELL == 0):
@@ -70,12 +74,16 @@ class Stage:
                 f"a stage of {self.epochs!r} epochs with {self.frozen!r} frozen blocks:"
                 f" 1 and more, and 0 to {_FROZEN}"
             )
+        low, high = _NUMBERS["inside"]
+        if not (self.inside is None or low <= self.inside <= high):
+            raise ValueError(f"inside {self.inside!r} of a stage is no number from {low} to {high}")
 
     def words(self) -> str:
         """Return what it is, such as ``3 epochs of films of 320, 2 blocks frozen``."""
         what = "crops" if self.crops else "films"
         frozen = f", {_counted(self.frozen, 'block')} frozen" if self.frozen else ""
-        return f"{_counted(self.epochs, 'epoch')} of {what} of {self.size}{frozen}"
+        inside = f", inside {self.inside:g}" if self.inside is not None else ""
+        return f"{_counted(self.epochs, 'epoch')} of {what} of {self.size}{frozen}{inside}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,8 @@ class FitSettings:
         patience: epochs of the last stage without a better study AUC on the patients kept aside
             (``aside``, a share of them) before the run stops; its best epoch is taken. None keeps
             nobody aside, runs all epochs and takes the last.
+        swa: without patience, take the mean of the networks that the stages of the last size end
+            with (stochastic weight averaging, P. Izmailov et al. 2018) instead of the last one.
         inside: weight of the evidence's energy inside the boxes in the loss.
         steady: weight of the evidence's steadiness under mirroring and shifting in the loss.
         joint: weight of telling region and view in the loss.
@@ -118,6 +128,7 @@ class FitSettings:
     average: float = 0.99
     patience: int | None = 5
     aside: float = 0.15
+    swa: bool = False
     inside: float = 0.0
     steady: float = 0.0
     joint: float = 0.0
@@ -128,7 +139,7 @@ class FitSettings:
     def __post_init__(self) -> None:
         for name, words in _WORDS.items():
             if (value := getattr(self, name)) not in words:
-                raise ValueError(f"{name} {value!r} is none of {', '.join(words)}")
+                raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, words))}")
         for name, (low, high) in _INTEGERS.items():
             if not _whole(value := getattr(self, name), low, high):
                 raise ValueError(f"{name} {value!r} is no whole number from {low} to {high}")
@@ -147,16 +158,28 @@ class FitSettings:
                 f" {self.preprocessing.size}"
             )
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """After how many epochs the networks stand whose mean is taken; none if none is."""
+        if not self.swa or self.patience is not None:
+            return ()
+        epochs = (stage.epochs for stage in self.stages)
+        after = itertools.islice(itertools.accumulate(epochs, initial=self.head_epochs), 1, None)
+        size = self.stages[-1].size
+        return tuple(n for n, stage in zip(after, self.stages, strict=True) if stage.size == size)
+
     def words(self) -> str:
         """Return what the run does, in one line."""
         head = _counted(self.head_epochs, "epoch")
         phases = [f"{head} of the head alone"] if self.head_epochs else []
         phases += [stage.words() for stage in self.stages]
         aside = "nobody" if self.patience is None else f"{self.aside:.0%} of the patients"
+        ends = ", ".join(map(str, self.ends))
+        mean = f"; the mean of the networks after epochs {ends}" if ends else ""
         return (
             f"{self.architecture}: {', then '.join(phases)}; rate {self.rate:g}, classes"
             f" {self.imbalance}, batches of {self.batch}, {self.precision}, {aside} kept aside to"
-            " choose the epoch by"
+            f" choose the epoch by{mean}"
         )
 
 
@@ -166,16 +189,24 @@ def _counted(count: int, what: str) -> str:
 
 LIMB = Preprocessing(size=320, crop="foreground", fit="pad", decode="reduced")
 
-# Whole films from a trunk, crops of them first: small fractures are 20 pixels wide in them.
+# Whole films from a trunk, crops of them first: small fractures are 20 pixels wide in them. Then
+# more of both with more weight on where the evidence lies, and the mean of what stages end with.
 LIMB_FILMS = FitSettings(
     LIMB,
     "densenet121-lse",
     head_epochs=0,
-    stages=(Stage(96, 20, crops=True), Stage(320, 3, frozen=2)),
+    stages=(
+        Stage(96, 20, crops=True),
+        Stage(320, 3, frozen=2),
+        Stage(96, 5, crops=True, inside=1.0),
+        Stage(320, 2, frozen=2, inside=1.0),
+        Stage(320, 2, frozen=2, inside=3.0),
+    ),
     rate=5e-4,
     block_decay=0.9,
     imbalance="balanced",
     patience=None,
+    swa=True,
     inside=0.3,
 )
 
@@ -183,7 +214,7 @@ LIMB_FILMS = FitSettings(
 FROM_NOTHING = replace(LIMB_FILMS, rate=1e-3, block_decay=1.0)
 
 # A trunk: crops alone, because most films are wide and a fracture small.
-TRUNK = replace(FROM_NOTHING, stages=(Stage(96, 10, crops=True),), joint=0.3, batch=32)
+TRUNK = replace(FROM_NOTHING, stages=(Stage(96, 10, crops=True),), swa=False, joint=0.3, batch=32)
 
 
 def two_phases(spec: Preprocessing, architecture: str) -> FitSettings:
