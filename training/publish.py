@@ -38,7 +38,7 @@ from training.settings import FitSettings
 
 _TRAINED_ON = (
     "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0), upper limb; {start}; one"
-    " network for all areas; {epochs}; computed in {precision}"
+    " network for all areas; {course}; computed in {precision}"
 )
 _STARTS = {
     "nothing": "begun with random weights, no ImageNet weights",
@@ -171,7 +171,7 @@ def _cards(
     origins = Origins(
         training_data=_TRAINED_ON.format(
             start=_STARTS.get(record.start, f"begun with {record.start}"),
-            epochs=", then ".join(stage.words() for stage in settings.stages),
+            course=settings.course(),
             precision=settings.precision,
         ),
         licence="MIT; trained on CC BY 4.0 data, attribution above",

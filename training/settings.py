@@ -82,7 +82,7 @@ class Stage:
         """Return what it is, such as ``3 epochs of films of 320, 2 blocks frozen``."""
         what = "crops" if self.crops else "films"
         frozen = f", {_counted(self.frozen, 'block')} frozen" if self.frozen else ""
-        inside = f", inside {self.inside:g}" if self.inside is not None else ""
+        inside = f", weight inside boxes {self.inside:g}" if self.inside is not None else ""
         return f"{_counted(self.epochs, 'epoch')} of {what} of {self.size}{frozen}{inside}"
 
 
@@ -168,18 +168,21 @@ class FitSettings:
         size = self.stages[-1].size
         return tuple(n for n, stage in zip(after, self.stages, strict=True) if stage.size == size)
 
-    def words(self) -> str:
-        """Return what the run does, in one line."""
+    def course(self) -> str:
+        """Return which epochs there are, and what is taken in the end."""
         head = _counted(self.head_epochs, "epoch")
         phases = [f"{head} of the head alone"] if self.head_epochs else []
         phases += [stage.words() for stage in self.stages]
-        aside = "nobody" if self.patience is None else f"{self.aside:.0%} of the patients"
         ends = ", ".join(map(str, self.ends))
         mean = f"; the mean of the networks after epochs {ends}" if ends else ""
+        return ", then ".join(phases) + mean
+
+    def words(self) -> str:
+        """Return what the run does, in one line."""
+        aside = "nobody" if self.patience is None else f"{self.aside:.0%} of the patients"
         return (
-            f"{self.architecture}: {', then '.join(phases)}; rate {self.rate:g}, classes"
-            f" {self.imbalance}, batches of {self.batch}, {self.precision}, {aside} kept aside to"
-            f" choose the epoch by{mean}"
+            f"{self.architecture}: {self.course()}; rate {self.rate:g}, classes {self.imbalance},"
+            f" batches of {self.batch}, {self.precision}, {aside} kept aside to choose the epoch by"
         )
 
 
