@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -150,3 +151,15 @@ def test_a_converter_makes_a_pdf(made: Path, tmp_path: Path) -> None:
         pytest.skip("weasyprint is not installed")
     *_, last = write_note(made / "records", tmp_path)
     assert last.read_bytes().startswith(b"%PDF-")
+
+
+def test_the_note_that_is_kept_says_what_the_kept_records_say(tmp_path: Path) -> None:
+    kept = Path(__file__).parent.parent / "training"
+    for folder in ("records", "figures"):
+        shutil.copytree(kept / folder, tmp_path / folder)
+    write_note(tmp_path / "records", tmp_path)
+    notes = [(folder / "REPORT.md").read_text() for folder in (kept, tmp_path)]
+    words = [re.sub(r"\d+\.\d+", "#", note) for note in notes]
+    assert words[0] == words[1]
+    numbers = [[float(number) for number in re.findall(r"\d+\.\d+", note)] for note in notes]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.002)

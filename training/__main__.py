@@ -215,8 +215,9 @@ def publish(data: Path, record: Path, run: Path, folder: Path) -> None:
 def report(records: Path, folder: Path, data: Path | None, run: Path | None) -> None:
     """Write REPORT.md, .html and with weasyprint .pdf into FOLDER, from the run records in RECORDS.
 
-    RECORDS holds generalist.json and, where there are some, data.json, specialists/*.json and
-    parts/*.json with parts/base.json: what `cross-validate` and `data report --json` write.
+    RECORDS holds generalist.json and, where there are some, data.json, specialists/*.json,
+    variants/*.json, and parts/*.json with parts/base.json: what `cross-validate` and
+    `data report --json` write.
 
     \b
     python -m training report training/records training

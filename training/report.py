@@ -61,6 +61,7 @@ from training.sources.mura import PUBLISHED_IMAGES, PUBLISHED_STUDIES
 GENERALIST = "generalist.json"
 _BASE = "base"
 _IN_FULL = "in full"
+_LONG = ("stages", "start", "areas")  # settings of the other method, told where it stands
 _TEMPLATE = "report.md.jinja"
 _CONVERTER = "weasyprint"  # HTML to PDF
 
@@ -117,6 +118,7 @@ def write_note(records: Path, out: Path) -> list[Path]:
     _write(figures / "studies.svg", plots(cases))
     losses = {f"fold {fold.name}": fold.losses for fold in whole.folds}
     _write(figures / "losses.svg", loss_curves(losses))
+    base, parts = _parts(records, whole)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -135,7 +137,8 @@ def write_note(records: Path, out: Path) -> list[Path]:
         grid=whole.settings.preprocessing.size // 32,
         specialists=list(_specialists(records, whole)),
         variants=list(_variants(records, whole)),
-        parts=list(_parts(records, whole)),
+        base=base,
+        parts=parts,
         data=_data(records / "data.json"),
         mura=list(_mura()),
         outside=sum(one.localised is not None and not one.localised.chance for one in whole.scores),
@@ -190,16 +193,16 @@ def _specialists(records: Path, whole: Record) -> Iterator[Compared]:
             yield from _compared(name, record, whole, area)
 
 
-def _parts(records: Path, whole: Record) -> Iterator[Compared]:
-    """Yield each shorter training beside the base, and the method in full."""
+def _parts(records: Path, whole: Record) -> tuple[str, list[Compared]]:
+    """Return the base's course, and each shorter training beside it with the method in full."""
     found = dict(_records(records / "parts"))
     if not found:
-        return
+        return "", []
     if _BASE not in found:
         raise Misconfigured(f"{records / 'parts'} holds no {_BASE}.json to compare with.")
     base = found.pop(_BASE)
     every = ((_BASE, base), *found.items(), (_IN_FULL, whole))
-    yield from _beside(base, every, records / "parts")
+    return base.settings.course(), list(_beside(base, every, records / "parts"))
 
 
 def _variants(records: Path, whole: Record) -> Iterator[Compared]:
@@ -262,10 +265,14 @@ def _hit(scores: Sequence[FilmScore]) -> Estimate:
 
 
 def _changes(one: Record, other: Record) -> str:
-    """Say how the settings differ: those of the first, then of the other in brackets."""
+    """Say how the settings differ: those of the first, then of the other in brackets if short."""
     mine, theirs = _flat(one), _flat(other)
-    told = (f"{name} {mine[name]} ({theirs[name]})" for name in mine if mine[name] != theirs[name])
-    return "; ".join(told).replace("_", " ")
+    told = (
+        f"{name.replace('_', ' ')} {mine[name]}" + ("" if name in _LONG else f" ({theirs[name]})")
+        for name in mine
+        if mine[name] != theirs[name]
+    )
+    return "; ".join(told)
 
 
 def _flat(record: Record) -> dict[str, object]:
