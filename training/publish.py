@@ -51,11 +51,11 @@ _NOTES = (
     "Starting weights, not specialists: the same network serves all seven areas; networks that"
     " were fine-tuned from it for hands and wrists, forearms, and elbows, tried on one fold, were"
     " no better. The label is fracture, not MURA's abnormal. FracAtlas has no finger films of"
-    " their own and few films of wrists alone, humeri and shoulders. Trained on all of its upper-"
-    " limb exams here; measured, calibrated and given its thresholds on the pooled out-of-fold"
-    " logits of {folds} networks that were trained in the same way, each without the exams that it"
-    " scored. Sensitivity and specificity are cross-fitted over two halves of these exams. Not"
-    " tested on any other hospital's films."
+    " their own and few films of wrists alone, humeri and shoulders. Trained on all of its"
+    " upper-limb exams here; measured, calibrated and given its thresholds on the pooled"
+    " out-of-fold logits of {folds} networks that were trained in the same way, each without the"
+    " exams that it scored. Sensitivity and specificity are cross-fitted over two halves of these"
+    " exams. Not tested on any other hospital's films."
 )
 _DECODED = (
     " Films are decoded at reduced size, as these weights ask: over the {films} films that are"
