@@ -107,7 +107,7 @@ def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
     settings = base or settings_for(start)
     given = {name: value for name, value in options.items() if value is not None}
     stages = settings.stages
-    if "inside" in given:
+    if "inside" in given:  # for all stages, those too that have a weight of their own
         stages = tuple(replace(stage, inside=None) for stage in stages)
     if (epochs := given.pop("epochs", None)) is not None:
         stages = (*stages[:-1], replace(stages[-1], epochs=epochs))

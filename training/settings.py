@@ -163,10 +163,10 @@ class FitSettings:
         """After how many epochs the networks stand whose mean is taken; none if none is."""
         if not self.swa or self.patience is not None:
             return ()
-        epochs = (stage.epochs for stage in self.stages)
-        after = itertools.islice(itertools.accumulate(epochs, initial=self.head_epochs), 1, None)
+        done = itertools.accumulate(stage.epochs for stage in self.stages)
+        ended = zip(done, self.stages, strict=True)
         size = self.stages[-1].size
-        return tuple(n for n, stage in zip(after, self.stages, strict=True) if stage.size == size)
+        return tuple(self.head_epochs + n for n, stage in ended if stage.size == size)
 
     def course(self) -> str:
         """Return which epochs there are, and what is taken in the end."""
