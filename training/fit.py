@@ -1,10 +1,12 @@
 """Two-phase fine-tuning: first the head on a frozen trunk, then everything.
 
 A run folder holds all that repeats a run and all that resumes it: ``run.json`` (settings, data
-digest, versions), ``state.pt`` (after each epoch), ``best.pt``, ``log.csv``, TensorBoard's events,
-and at the end ``outcome.json`` (seconds, losses) and ``network.pt``; prepared films are kept in
-``films`` beside it. A run that was cut off goes on after its last whole epoch: on a CPU with as
-many threads to the same network bit by bit, on a GPU, whose kernels add in any order, to logits
+digest, versions), ``state.pt`` (after each epoch; with the networks whose mean is taken),
+``best.pt`` (where patients are kept aside), ``log.csv``, TensorBoard's events, and at the end
+``outcome.json`` (seconds, losses) and ``network.pt``: the moving average of the best or the last
+epoch, or the mean of several (:class:`~training.settings.FitSettings`). Prepared films are kept in
+``films`` beside the run. A run that was cut off goes on after its last whole epoch: on a CPU with
+as many threads to the same network bit by bit, on a GPU, whose kernels add in any order, to logits
 within 0.05 of it (a short run on few films; longer ones drift further).
 """
 
