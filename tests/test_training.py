@@ -537,6 +537,9 @@ def test_mura_is_learned_from_imagenets_weights(tmp_path: Path) -> None:
     torch.save(theirs, kept)
     done = from_imagenet(tmp_path / "MURA-v1.1", tmp_path / "run", TORCH_HOME=str(kept.parents[2]))
     assert done.returncode == 0, done.stderr
+    losses = json.loads((tmp_path / "run/outcome.json").read_text())["losses"]
+    told = [f"run: epoch {n} of 2: loss {loss:.4f}" for n, loss in enumerate(losses, start=1)]
+    assert [line for line in done.stderr.splitlines() if "epoch " in line][1:] == told
     ours = torch.load(tmp_path / "run/network.pt", weights_only=True)
     assert ours["classifier.weight"].shape == (1, 1024)
     apart = ours["features.conv0.weight"] - theirs["features.conv0.weight"]

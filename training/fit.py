@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -227,6 +228,7 @@ class _Trainer:
         with SummaryWriter(self._run, purge_step=len(self._history) + 1) as board:
             while not self._ended() and len(self._history) != stop_after:
                 told = self._epoch(len(self._history))
+                tqdm.write(self._said(told), file=sys.stderr)  # in logs it is all there is
                 for name, value in told.items():
                     board.add_scalar(name, value, len(self._history))
         if self._ended():
@@ -236,6 +238,11 @@ class _Trainer:
             outcome = {"seconds": round(self._seconds), "losses": losses}
             write_json(outcome, self._run / "outcome.json")
             save(state, self._run / "network.pt")
+
+    def _said(self, told: Mapping[str, float]) -> str:
+        auc = f", study AUC {told['study_auc']:.3f}" if "study_auc" in told else ""
+        epoch = f"epoch {len(self._history)} of {len(self._plan)}"
+        return f"{self._run.name}: {epoch}: loss {told['loss']:.4f}{auc}"
 
     def _outcome(self) -> dict[str, Tensor]:
         """Return the state of the network that the run was for."""
