@@ -26,9 +26,11 @@ def write_atomic(target: str | Path, writer: Callable[[BinaryIO], object]) -> No
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, target)
-    except BaseException:
+    except BaseException as exc:
         with suppress(FileNotFoundError):
             os.unlink(partial)
+        if isinstance(exc, OSError) and exc.filename is None:
+            exc.filename = str(target)  # a full disk does not say where it is
         raise
     sync_folder(folder)
 

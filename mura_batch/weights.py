@@ -420,7 +420,8 @@ class WeightsStore:
             raise WeightsRefused(
                 f"{card.area} {card.short}: these tensors are stored already, with another"
                 " threshold, calibration or preprocessing; results name weights by their digest,"
-                " so set `threshold` in config.toml instead of storing them twice"
+                " so set `threshold` in config.toml instead of storing them twice, or delete"
+                f" {place} first if they never scored anything"
             )
         write_atomic(place, lambda stream: stream.write(card.to_json().encode()))
         return card

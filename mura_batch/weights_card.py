@@ -159,7 +159,7 @@ class Card:
             target=cast("Target", members.word("target", get_args(Target))),
             sha256=members.digest("sha256"),
             architecture=members.word("architecture", ARCHITECTURES),
-            preprocessing=_preprocessing(members.child("preprocessing")),
+            preprocessing=preprocessing_of(members.take("preprocessing"), "card: preprocessing"),
             operating_points=tuple(map(_point, members.children("operating_points"))),
             calibration=_calibration(members),
             training_data=members.text("training_data"),
@@ -262,11 +262,17 @@ def _number(value: object, place: str, low: float, high: float) -> float:
     raise WeightsRefused(f"{place} must be a number from {low:g} to {high:g}")
 
 
-def _preprocessing(members: _Members) -> Preprocessing:
+def preprocessing_of(told: object, place: str) -> Preprocessing:
+    """Return what its JSON says; ``place`` is where that stands, for messages.
+
+    Raises:
+        WeightsRefused: says which member is missing, unknown or out of its range.
+    """
+    members = _Members(told, place)
     members.default("decode", "full")  # cards from before it was thought of
     size = members.number("size", *_SIZES)
     if not size.is_integer():
-        raise WeightsRefused("card: preprocessing: size must be whole pixels")
+        raise WeightsRefused(f"{place}: size must be whole pixels")
     spec = Preprocessing(
         size=int(size),
         crop=cast('Literal["none", "foreground"]', members.word("crop", ("none", "foreground"))),

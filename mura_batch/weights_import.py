@@ -20,13 +20,20 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mura_batch.area import Area
 from mura_batch.errors import WeightsRefused
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import WeightsStore, read_card, read_network, sha256_of
-from mura_batch.weights_card import Card, OperatingPoint, Origin, Target
+from mura_batch.weights_card import (
+    ARCHITECTURE,
+    Card,
+    OperatingPoint,
+    Origin,
+    Target,
+    preprocessing_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,13 +55,14 @@ class Facts:
 
     Attributes:
         threshold: of the raw probability, 0 to 1.
-        preprocessing: as in training; None is that of the published models, at the size that
-            the checkpoint names as ``img_size``, if it does.
+        target: None is what a training run says that it was, else ``abnormal``.
+        preprocessing: as in training; None is what a training run says, else that of the published
+            models, at the size that the checkpoint names as ``img_size``, if it does.
         source: where it comes from; the file's name where empty.
     """
 
     area: Area
-    target: Target = "abnormal"
+    target: Target | None = None
     threshold: float = 0.5
     preprocessing: Preprocessing | None = None
     origin: Origin = "imported"
@@ -67,13 +75,14 @@ class Facts:
 def import_checkpoint(file: Path, facts: Facts, store: WeightsStore) -> Card:
     """Store a torch checkpoint or safetensors file; nothing becomes active. Return its card.
 
-    A torch checkpoint is converted. Safetensors are stored as they are, with the card that
-    :func:`load_checkpoint` finds; it states everything, so ``facts`` may only name the area.
+    A torch checkpoint is converted; of the ``network.pt`` of a training run, its ``run.json`` says
+    how it sees films and which network it is. Safetensors are stored as they are, with the card
+    that :func:`load_checkpoint` finds; it states everything, so ``facts`` may only name the area.
 
     Raises:
         WeightsRefused: it is no torch file, holds more than tensors and plain values, says that
-            it is for another area, or its tensors do not fit the network; or safetensors come
-            without a card for this area, or with facts beside it.
+            it is for another area, its run's description is damaged, or its tensors do not fit the
+            network; or safetensors come without a card for this area, or with facts beside it.
     """
     if _is_safetensors(_head(file)):
         if facts != Facts(area=facts.area):
@@ -136,18 +145,20 @@ def convert(file: Path, facts: Facts, target: Path) -> Card:
     _same_area(_areas_in(file.name), facts.area, f"the name of {file.name}")
     says = _convert_apart(file, target)
     _same_area(_areas_in(str(says.get("area", ""))), facts.area, file.name)
-    spec = facts.preprocessing
+    run = _run_of(file)
+    spec = facts.preprocessing or run.preprocessing
     if spec is None:
         spec = Preprocessing()
         if isinstance(size := says.get("img_size"), int):
             spec = replace(spec, size=size)
     card = Card(
         area=facts.area,
-        target=facts.target,
+        target=facts.target or run.target,
         sha256=sha256_of(target),
+        architecture=run.architecture,
         preprocessing=spec,
         operating_points=(OperatingPoint("balanced", facts.threshold),),
-        training_data=facts.training_data,
+        training_data=run.training_data or facts.training_data,
         licence=facts.licence,
         origin=facts.origin,
         source=facts.source or file.name,
@@ -155,6 +166,35 @@ def convert(file: Path, facts: Facts, target: Path) -> Card:
         notes=facts.notes,
     )
     return Card.from_json(card.to_json())  # refuses a size or threshold out of range
+
+
+class _Run(NamedTuple):
+    """What a training run says of the network that it made."""
+
+    preprocessing: Preprocessing | None = None
+    architecture: str = ARCHITECTURE
+    target: Target = "abnormal"
+    training_data: str = ""
+
+
+def _run_of(file: Path) -> _Run:
+    """Return what ``run.json`` beside ``network.pt`` says (``training.run_folder`` writes it)."""
+    place = file.with_name("run.json")
+    if file.name != "network.pt" or not place.is_file():
+        return _Run()
+    try:
+        told = json.loads(place.read_text(encoding="utf-8"))
+        settings = told["settings"]
+        return _Run(
+            preprocessing_of(settings["preprocessing"], f"{place}: preprocessing"),
+            settings["architecture"],
+            told["target"],
+            f"{told['films']} films (data {told['data'][:12]})",
+        )
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise WeightsRefused(
+            f"{place} is damaged: it should say how {file.name} sees films"
+        ) from exc
 
 
 def _head(file: Path) -> bytes:

@@ -262,12 +262,18 @@ def test_all_that_is_wrong_with_labels_is_told_at_once(home: Home, tmp_path: Pat
         return done.stderr
 
     told = refused(f"study,label,area\n{study},maybe,\n{study},positive,XR_KNEE\n")
-    assert "line 2" in told
-    assert "line 3" in told
+    assert "truth.csv:2 needs a study and a label" in told
+    assert "truth.csv:3 needs an area" in told
+    assert "truth.csv:4 needs" in refused("study, label\n\n\nfoo,maybe\n")
+    assert "truth.csv:1 has no column study and label" in refused(f"study;label\n{study};0\n")
+    assert "has no rows" in refused("study,label\n")
+    assert "has no column" in refused("")
     told = refused(f"study,label\nno-such,positive\n{study},positive\nnor-this,negative\n")
     assert "no-such" in told
     assert "nor-this" in told
     assert "UTF-8" in refused("study,label\nHüfte,positive\n", "latin-1")
+    done = home.command("label", "import", "/dev/zero")
+    assert (done.returncode, "no file of at most" in done.stderr) == (4, True)
 
 
 def test_a_full_disk_is_told_and_a_reader_that_leaves_early_is_no_error(home: Home) -> None:

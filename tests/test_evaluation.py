@@ -18,13 +18,13 @@ from test_training_data import write_manifest
 from mura_batch.area import Area
 from mura_batch.assessment import conclude
 from mura_batch.config import Settings
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, NoWeights
 from mura_batch.inference import load_model
 from mura_batch.network_input import Box, prepare
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import WeightsStore, bundled_card
-from training.dataset import Film, Region
-from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, evaluate_areas
+from training.dataset import ALL_AREAS, Film, Region
+from training.evaluate import FilmScore, by_study, cases_of, evaluate_areas
 from training.localisation import Localised, localise
 
 cells = st.integers(0, 6)
@@ -131,6 +131,12 @@ def test_weights_are_chosen_by_digest_and_films_by_split(manifest: Path, tmp_pat
         ("image", "with hardware", 1),
     ]
     assert found.evaluations[0].figures["roc_auc"].value is None
+    (tmp_path / "weights/XR_WRIST" / f"{digest[:12]}.json").unlink()  # stored for other areas still
+    elsewhere = evaluate_areas(films, ["XR_WRIST"], tmp_path, digest[:8])
+    assert elsewhere.scores == found.scores
+    (tmp_path / "weights/XR_WRIST/active.json").unlink()
+    with pytest.raises(NoWeights, match="XR_WRIST has no weights"):
+        evaluate_areas(read(manifest).films, ["XR_HAND", "XR_WRIST"], tmp_path, None)
     with pytest.raises(Misconfigured, match="no weights have a digest"):
         evaluate_areas(films, ["XR_WRIST"], tmp_path, "00000000")
     with pytest.raises(Misconfigured, match="no films of XR_ELBOW"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -127,6 +128,20 @@ def test_records_that_are_missing_or_damaged_are_named(made: Path, tmp_path: Pat
     (records / "parts/base.json").write_text("{}")
     with pytest.raises(Misconfigured, match=r"base\.json is no record"):
         write_note(records, tmp_path / "out")
+    sound = json.loads((made / "records/generalist.json").read_text())
+    row = sound["scores"][0]
+    for changed in (
+        {"folds": []},
+        {"areas": ["XR_FOOT"]},
+        {"scores": [row, row]},
+        {"scores": [[*row[:6], "1", *row[7:]]]},
+        {"scores": [[*row[:8], float("nan"), row[9]]]},
+        {"folds": [{**sound["folds"][0], "losses": ["a"]}]},
+        {"folds": [{**sound["folds"][0], "versions": None}]},
+    ):
+        (records / "parts/base.json").write_text(json.dumps(sound | changed))
+        with pytest.raises(Misconfigured, match=r"base\.json is no record"):
+            write_note(records, tmp_path / "out")
     shutil.copy(made / "records/parts/no-first-phase.json", records / "parts/base.json")
     (records / "data.json").write_text("[]")
     with pytest.raises(Misconfigured, match=r"data\.json is no data report"):

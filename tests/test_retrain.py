@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -16,10 +17,12 @@ from tiny_atlas import write_atlas
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured
+from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import BUNDLED, Card, WeightsStore, bundled_card
 from training.dataset import Dataset, Film
 from training.metrics import Estimate
 from training.retrain import MARGIN, divided, not_worse
+from training.settings import two_phases
 
 
 def quick_weights(home: Home) -> Card:
@@ -101,6 +104,19 @@ def test_who_was_kept_aside_once_stays_there(tmp_path: Path) -> None:
         divided(data, file)
 
 
+def test_splits_move_nobody_whom_a_network_has_learned_from(tmp_path: Path) -> None:
+    file = tmp_path / "XR_HAND/aside.json"
+    films = [Film(Path(), f"s{n}", f"p{n}", "XR_HAND", n % 2) for n in range(60)]
+    split = [replace(f, split="valid" if n < 12 else "train") for n, f in enumerate(films)]
+    data, aside = divided(Dataset(tuple(split)), file)
+    assert ({f.patient for f in data.films if f.split in aside}) == {f"p{n}" for n in range(12)}
+    again, aside = divided(Dataset(tuple(films)), file)
+    assert ({f.patient for f in again.films if f.split in aside}) == {f"p{n}" for n in range(12)}
+    turned = [replace(f, split="train" if n < 12 else "valid") for n, f in enumerate(films)]
+    with pytest.raises(Misconfigured, match=r"patient p0 \(60 in all\) would change sides"):
+        divided(Dataset(tuple(turned)), file)
+
+
 def test_weights_that_may_be_worse_are_used_for_a_reason_only(tmp_path: Path) -> None:
     assert not_worse(Estimate(0.0, -MARGIN, 0.1))
     assert not not_worse(Estimate(0.0, -MARGIN - 0.01, 0.1))
@@ -117,13 +133,27 @@ def test_weights_that_may_be_worse_are_used_for_a_reason_only(tmp_path: Path) ->
 def test_what_cannot_be_trained_on_is_told_in_one_line(tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
     atlas = write_atlas(tmp_path / "atlas")
+    cut = tmp_path / "table.csv"
+    rows = [f"{n}.png,s{n},p{n},XR_HAND,{n % 2},{('valid', 'train')[n > 5]}\n" for n in range(30)]
+    cut.write_text("image,study,patient,area,label,split\n" + "".join(rows))
+    for n in range(30):
+        shutil.copy(SAMPLES / "elbow_lateral.png", tmp_path / f"{n}.png")
+    os.truncate(tmp_path / "1.png", 300)
     for arguments, expected in (
         (("XR_WRIST", "--data", str(atlas)), "no films of XR_WRIST"),
         (("XR_HAND", "--data", str(atlas)), "too few for 5 folds"),
         (("XR_HAND", "--data", "labels"), "no films"),
         (("XR_HAND", "--data", str(tmp_path / "nothing")), "no such folder"),
+        (("XR_HAND", "--data", str(cut)), "table.csv:3: 1.png: the image is cut off"),
+        (("XR_HAND", "--data", str(atlas), "--device", "cudax"), "device 'cudax'"),
     ):
         done: subprocess.CompletedProcess[str] = home.command("retrain", *arguments)
         assert done.returncode == 4
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
+    assert not list(home.path.glob("training/XR_HAND/*/fit"))
+    for memory in ("nan", "inf", "1e30"):
+        done = home.command("retrain", "XR_HAND", "--data", str(atlas), "--memory", memory)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    with pytest.raises(Misconfigured, match="films at 300 pixels; training needs a multiple of 32"):
+        two_phases(Preprocessing(size=300), "densenet121")

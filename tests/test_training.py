@@ -27,10 +27,11 @@ from tiny_atlas import TINY, write_atlas
 from torchvision.models import DenseNet121_Weights, densenet121
 
 from mura_batch.area import Area
-from mura_batch.errors import Misconfigured, Transient
+from mura_batch.errors import Misconfigured, Transient, WeightsRefused
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
-from mura_batch.weights import BUNDLED, bundled_card, read_card, read_network
+from mura_batch.weights import BUNDLED, WeightsStore, bundled_card, read_card, read_network
+from mura_batch.weights_import import Facts, import_checkpoint, load_checkpoint
 from training.calibration import cross_fitted_rates, fit_calibration, thresholds
 from training.crossval import Fold, Record, join, score_run, study_figures
 from training.dataset import Film, Region
@@ -46,7 +47,7 @@ from training.publish import publish_bundled
 from training.run_folder import alone_in, write_json
 from training.settings import TRUNK, FitSettings, Stage
 from training.sources import fracatlas, read
-from training.start import settings_for, state_of
+from training.start import obtained, settings_for, state_of
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +458,14 @@ def test_a_damaged_run_folder_says_what_to_do(atlas: Path, whole: Path, tmp_path
     (run / "network.pt").unlink()
     state = torch.load(run / "state.pt", weights_only=True)
     of_another = pickled(state | {"network": {"conv": torch.zeros(1)}})
-    for content in (b"PK damaged", b"", pickled({"history": []}), pickled([1]), of_another):
+    long = state["history"] * 100
+    odd = [
+        pickled(state | changed)
+        for changed in ({"history": 5}, {"history": long}, {"ends": [1]}, {"schedule": None})
+    ]
+    short = b"\x80\x02."  # a pickle of nothing
+    empty = pickled({"history": []})
+    for content in (b"PK damaged", b"", short, empty, pickled([1]), of_another, *odd):
         (run / "state.pt").write_bytes(content)
         with pytest.raises(Misconfigured, match=r"state\.pt is damaged: remove \S*run to begin"):
             fit(fracatlas.read(atlas), run, TINY, held_out=["0"], workers=0)
@@ -479,6 +487,23 @@ def pickled(state: object) -> bytes:
     return stream.getvalue()
 
 
+def test_a_run_is_imported_as_what_it_is(whole: Path, tmp_path: Path) -> None:
+    """Nothing in a state tells how films were seen, nor log-sum-exp pooling from the mean."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    told = json.loads((run / "run.json").read_text())
+    settings = told["settings"] | {"architecture": "densenet121-lse"}
+    (run / "run.json").write_text(json.dumps(told | {"settings": settings}))
+    store = WeightsStore(tmp_path / "weights")
+    card = import_checkpoint(run / "network.pt", Facts(area=Area.XR_HAND), store)
+    assert (card.architecture, card.preprocessing) == ("densenet121-lse", TINY.preprocessing)
+    assert card.target == "fracture"
+    assert card.training_data.startswith(f"{told['films']} films (data ")
+    (run / "run.json").write_text("{}")
+    with pytest.raises(WeightsRefused, match=r"run\.json is damaged"):
+        load_checkpoint(run / "network.pt", Area.XR_HAND)
+
+
 def test_what_a_network_starts_with(whole: Path, tmp_path: Path) -> None:
     assert state_of("nothing") is None
     assert settings_for("nothing").head_epochs == 0
@@ -491,6 +516,9 @@ def test_what_a_network_starts_with(whole: Path, tmp_path: Path) -> None:
     for name in ("", "."):
         with pytest.raises(Misconfigured, match="takes nothing, imagenet"):
             settings_for(name)
+    (tmp_path / "short.pt").write_bytes(b"\x80\x02.")
+    with pytest.raises(Misconfigured, match="is no network's state"):
+        state_of(str(tmp_path / "short.pt"))
     bundled = state_of("bundled")
     assert bundled is not None
     torch.save(bundled, tmp_path / "network.pt")
@@ -525,7 +553,9 @@ def from_imagenet(tree: Path, run: Path, **environment: str) -> subprocess.Compl
     )
 
 
-def test_mura_is_learned_from_imagenets_weights(tmp_path: Path) -> None:
+def test_mura_is_learned_from_imagenets_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file lies where torchvision keeps what it has downloaded."""
     counts = {"train": {"XR_WRIST": (3, 3)}, "valid": {"XR_WRIST": (1, 1)}}
     images = {"train": {"XR_WRIST": 8}, "valid": {"XR_WRIST": 2}}
@@ -537,6 +567,9 @@ def test_mura_is_learned_from_imagenets_weights(tmp_path: Path) -> None:
     torch.save(theirs, kept)
     done = from_imagenet(tmp_path / "MURA-v1.1", tmp_path / "run", TORCH_HOME=str(kept.parents[2]))
     assert done.returncode == 0, done.stderr
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TORCH_HOME", str(kept.parents[2]))
+        assert obtained("auto")[0] == "imagenet"
     losses = json.loads((tmp_path / "run/outcome.json").read_text())["losses"]
     told = [f"run: epoch {n} of 2: loss {loss:.4f}" for n, loss in enumerate(losses, start=1)]
     assert [line for line in done.stderr.splitlines() if "epoch " in line][1:] == told
@@ -549,9 +582,15 @@ def test_mura_is_learned_from_imagenets_weights(tmp_path: Path) -> None:
     assert made_of["settings"]["preprocessing"]["size"] == 224
 
 
-def test_imagenets_weights_that_cannot_be_had_say_what_to_do(tmp_path: Path) -> None:
+def test_imagenets_weights_that_cannot_be_had_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_tree(tmp_path, {"train": {"XR_WRIST": (2, 2)}}, {"train": {"XR_WRIST": 4}})
     nowhere = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path / "torch")}
+    for name, value in nowhere.items():
+        monkeypatch.setenv(name, value)
+    start, why = obtained("auto")
+    assert (start, "cannot be downloaded" in why) == ("bundled", True)
     done = from_imagenet(tmp_path, tmp_path / "run", **nowhere)
     assert done.returncode == 1
     assert "cannot be downloaded" in done.stderr.splitlines()[-1]

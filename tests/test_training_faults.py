@@ -58,6 +58,7 @@ def training(*arguments: object) -> subprocess.CompletedProcess[str]:
         ("swa", "false"),
         ("seed", 2**32),
         ("stages", []),
+        ("head_epochs", 10**9),
     ],
 )
 def test_settings_that_cannot_be_are_named(name: str, value: object, tmp_path: Path) -> None:
@@ -69,9 +70,18 @@ def test_settings_that_cannot_be_are_named(name: str, value: object, tmp_path: P
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 33}, {"epochs": 0}, {"frozen": 9}, {"frozen": -1}, {"size": 32}, {"inside": -1}],
+    [
+        {"size": 33},
+        {"size": 32},
+        {"epochs": 0},
+        {"epochs": 10**9},
+        {"frozen": 9},
+        {"frozen": -1},
+        {"inside": -1},
+        {"crops": "no"},
+    ],
 )
-def test_stages_that_cannot_be_are_refused(change: dict[str, int], tmp_path: Path) -> None:
+def test_stages_that_cannot_be_are_refused(change: dict[str, object], tmp_path: Path) -> None:
     stage = asdict(QUICK.stages[0]) | change
     told = asdict(QUICK) | {"stages": [stage]}
     (tmp_path / "run.json").write_text(json.dumps({"settings": told}))
@@ -79,7 +89,18 @@ def test_stages_that_cannot_be_are_refused(change: dict[str, int], tmp_path: Pat
         read_settings(tmp_path / "run.json")
 
 
-@pytest.mark.parametrize("change", [{"crop": "fore"}, {"fit": "stretch"}, {"mean": [1, 2]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop": "fore"},
+        {"fit": "stretch"},
+        {"size": 32.5},
+        {"size": 3200000},
+        {"mean": [1, 2]},
+        {"mean": [float("nan")] * 3},
+        {"std": [0, 0, 0]},
+    ],
+)
 def test_preprocessing_that_cannot_be_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     told = asdict(QUICK)
     told["preprocessing"] |= change
@@ -120,10 +141,20 @@ def test_a_record_keeps_the_folds_that_it_has(atlas: Path, tmp_path: Path) -> No
         ):
             cross_validate(data, run, QUICK, folds=["1"], workers=0, **other)
     assert Record.read(run / "record.json").to_json() == both.to_json()
-    with pytest.raises(Misconfigured, match="No film of these areas is in the fold ''"):
+    with pytest.raises(Misconfigured, match="The fold '' cannot name a folder"):
         cross_validate(data, run, QUICK, folds=[""], workers=0)
+    fewer = replace(data, films=data.films[1:])
+    with pytest.raises(Misconfigured, match=rf"is of other data: .* {data.films[0].name}"):
+        cross_validate(fewer, run, QUICK, folds=["0"], workers=0)
+    odd = tuple(replace(film, split=f"../{film.split}") for film in data.films)
+    with pytest.raises(Misconfigured, match=r"fold '\.\./\d' cannot name a folder"):
+        cross_validate(replace(data, films=odd), tmp_path / "odd", QUICK, folds=["../0"], workers=0)
+    told = (run / "fold-1/outcome.json").read_text()
+    (run / "fold-1/outcome.json").write_text(told.replace('"network": "', '"network": "0'))
+    with pytest.raises(Misconfigured, match=r"network\.pt is damaged"):
+        cross_validate(data, run, QUICK, folds=["1"], workers=0)
     (run / "fold-1/outcome.json").write_text("{")
-    with pytest.raises(Misconfigured, match="fold-1 is damaged"):
+    with pytest.raises(Misconfigured, match=r"fold-1/network\.pt is damaged"):
         cross_validate(data, run, QUICK, folds=["1"], workers=0)
     (run / "fold-1/network.pt").write_bytes(b"PK")
     with pytest.raises(Misconfigured, match=r"network\.pt is damaged"):
@@ -140,7 +171,7 @@ def test_a_start_that_may_have_seen_the_folds_is_told_of(atlas: Path, tmp_path: 
         assert done.returncode == 0, done.stderr
         assert ("was not trained without 1" in done.stderr) is told
     done = training("fit", atlas, tmp_path / "run", "--start", "", "--held-out", "0")
-    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert (done.returncode, "Traceback" in done.stderr) == (4, False)
     options = ("--settings", tmp_path / "run/run.json", "--workers", 0, "--held-out", "0")
     done = training("fit", atlas, tmp_path / "more", "--start", "bundled", *options)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import click
 
 from mura_batch.area import Area
 from mura_batch.config import NOTICE
-from mura_batch.errors import MuraError
+from mura_batch.errors import Misconfigured, MuraError
 from training.fit_commands import (
     AREA,
     FOLDER,
@@ -88,16 +88,19 @@ def _show(found: DataReport) -> None:
             for c in found.counts
         ],
     )
-    for split in sorted({count.split for count in found.counts}):
-        of_split = [count for count in found.counts if count.split == split]
-        several = found.several_areas.get(split, 0)
+    for whole in found.totals:
+        several = found.several_areas.get(whole.split, 0)
         click.echo(
-            f"{split or 'no split'}: {found.studies[split]} studies,"
-            f" {sum(c.images for c in of_split)} images, {several} patients in more than one area"
+            f"{whole.split or 'no split'}: {whole.studies} studies, {whole.negative} not"
+            f" {found.target}, {whole.positive} {found.target}; {whole.images} images;"
+            f" {whole.patients} patients, {several} of them in more than one area"
         )
     click.echo("\nquantiles (0, 5, 50, 95, 100 %)")
     _table(("", "least", "", "median", "", "most"), [(n, *q) for n, q in found.quantiles.items()])
-    told = ", ".join(f"{count} {word}" for word, count in sorted(found.hardware.items()))
+    films = sum(found.hardware.values())
+    told = ", ".join(
+        f"{count} {word} ({count / films:.0%})" for word, count in sorted(found.hardware.items())
+    )
     click.echo(f"\nhardware or cast: {told}")
     _some("unusable rows", found.problems)
     _some("unreadable films", found.unreadable)
@@ -236,12 +239,12 @@ def report(records: Path, folder: Path, data: Path | None, run: Path | None) -> 
 
 
 def main() -> None:
-    """Run a command; errors are one line and exit code 1."""
+    """Run a command; errors are one line, and as for ``mura-batch`` exit code 4 or 1."""
     try:
         training(prog_name="python -m training", standalone_mode=True)
     except MuraError as exc:
         click.echo(f"python -m training: {exc}", err=True)
-        sys.exit(1)
+        sys.exit(4 if isinstance(exc, Misconfigured) else 1)
     except OSError as exc:
         click.echo(f"python -m training: {exc.filename or ''}: {exc.strerror or exc}", err=True)
         sys.exit(1)

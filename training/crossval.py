@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mura_batch.area import Area
-from mura_batch.errors import Misconfigured
+from mura_batch.errors import Misconfigured, WeightsRefused
 from mura_batch.runtime import Runtime, load
 from mura_batch.weights import fitted
-from training.dataset import Dataset, Film
-from training.evaluate import ALL_AREAS, FilmScore, by_study, cases_of, check_readable, score_films
+from training.dataset import ALL_AREAS, Dataset, Film
+from training.evaluate import FilmScore, by_study, cases_of, check_readable, score_films
 from training.fit import fit
 from training.localisation import Localised
 from training.metrics import auc_of
-from training.run_folder import described, in_turn, read_settings, read_state, write_json
+from training.run_folder import described, in_turn, made_by, read_settings, write_json
 from training.settings import FitSettings, settings_of
 from training.start import state_of
 
 _RECORD = "record.json"
+_FOLD_NAME = re.compile(r"[\w-][\w.-]*")
+_NO_RECORD = (AttributeError, OSError, ValueError, LookupError, TypeError, RecursionError)
 FOLD = "{fold}"  # in what training starts with: the name of the fold that is held out
 
 
@@ -40,7 +44,7 @@ class Fold:
         data: their digest.
         seconds: that the training took.
         losses: mean training loss of each epoch.
-        versions: of the packages, Python's too.
+        versions: of the packages, Python's and the code's own digest too.
         threads: of the training.
     """
 
@@ -104,18 +108,24 @@ class Record:
         """
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
-            return cls(
+            record = cls(
                 settings_of(told["settings"]),
-                told["start"],
-                told["target"],
-                tuple(told["areas"]),
-                tuple(Fold(**{**fold, "losses": tuple(fold["losses"])}) for fold in told["folds"]),
+                str(told["start"]),
+                str(told["target"]),
+                tuple(map(Area, told["areas"])),
+                tuple(map(_fold_of, told["folds"])),
                 tuple(map(_score, told["scores"])),
             )
+            if not record.folds or not record.scores:
+                raise ValueError("no folds, or no scores")
+            once = {one.film.identity for one in record.scores}
+            if len(once) < len(record.scores):
+                raise ValueError("a film stands in it twice")
         except FileNotFoundError as exc:
             raise Misconfigured(f"{file} is not there: `cross-validate` writes it.") from exc
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except (*_NO_RECORD, WeightsRefused) as exc:
             raise Misconfigured(f"{file} is no record of a cross-validation: {exc!r}") from exc
+        return record
 
 
 def _row(score: FilmScore) -> list[Any]:
@@ -135,11 +145,26 @@ def _row(score: FilmScore) -> list[Any]:
     ]
 
 
+def _fold_of(told: Mapping[str, Any]) -> Fold:
+    """Return a fold from its JSON; its losses are numbers, its versions text by name."""
+    losses = tuple(map(float, told["losses"]))
+    versions = {str(name): str(version) for name, version in told["versions"].items()}
+    if not (losses and isinstance(told["name"], str)):
+        raise ValueError("a fold without a name, or without losses")
+    return Fold(**{**told, "losses": losses, "versions": versions, "seconds": int(told["seconds"])})
+
+
 def _score(row: Sequence[Any]) -> FilmScore:
+    """Return a score from :func:`_row`; TypeError or ValueError where it is none."""
     name, frame, study, patient, area, split, label, hardware, logit, found = row
+    texts = (name, study, patient, split)
+    if not (all(isinstance(text, str) for text in texts) and label in (0, 1)):
+        raise ValueError(f"the row of {name!r}")
     told = None if hardware is None else bool(hardware)
-    film = Film(Path(name), study, patient, area, label, frame, split, hardware=told)
-    where = None if found is None else Localised(bool(found[0]), *found[1:])
+    film = Film(Path(name), study, patient, Area(area), int(label), frame, split, hardware=told)
+    where = None if found is None else Localised(bool(found[0]), *map(float, found[1:]))
+    if not math.isfinite(logit):
+        raise ValueError(f"the logit of {name!r}")
     return FilmScore(film, float(logit), where)
 
 
@@ -166,8 +191,13 @@ def cross_validate(
             :func:`training.fit.fit`.
     """
     record = Record(settings, start, data.target, tuple(sorted(set(areas))), (), ())
-    _before(run, record)
+    before = _before(run, record)
+    if odd := [name for name in folds if not _FOLD_NAME.fullmatch(name)]:
+        raise Misconfigured(
+            f"The fold {odd[0]!r} cannot name a folder: use letters, digits, - and _."
+        )
     data.has_splits(folds)
+    _same_data(run, before, data)
     films_of = {
         name: [film for film in data.films if film.split == name and film.area in areas]
         for name in dict.fromkeys(folds)
@@ -184,6 +214,21 @@ def cross_validate(
         scores = score_run(own, films, device)
         record = join(run, record, _fold(name, own), scores)
     return record
+
+
+def _same_data(run: Path, before: Record, data: Dataset) -> None:
+    """Refuse a record whose scores are of films that this data tells otherwise of.
+
+    Raises:
+        Misconfigured: they are.
+    """
+    told = {film.identity: (film.patient, film.split, film.label) for film in data.films}
+    for film in (one.film for one in before.scores):
+        if told.get(film.identity) != (film.patient, film.split, film.label):
+            raise Misconfigured(
+                f"{run / _RECORD} is of other data: it tells otherwise of {film.name}, study"
+                f" {film.study}. Name another folder."
+            )
 
 
 def join(run: Path, method: Record, fold: Fold, scores: Sequence[FilmScore]) -> Record:
@@ -241,7 +286,7 @@ def load_run(run: Path, device: str = "cpu") -> Runtime:
         Misconfigured: its files are damaged.
     """
     settings = read_settings(run / "run.json")
-    network = fitted(read_state(run / "network.pt"), settings.architecture)
+    network = fitted(made_by(run), settings.architecture)
     return load(network, settings.preprocessing, device=device)
 
 

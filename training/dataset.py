@@ -15,6 +15,7 @@ from pathlib import Path
 from mura_batch.errors import Misconfigured, Rejected, Transient, listed
 from mura_batch.network_input import Box
 
+ALL_AREAS = "all areas"
 Edges = tuple[float, float, float, float]  # left, top, right, bottom
 _SLACK = 0.005  # of a film's side: what rounding may push a box out of it
 

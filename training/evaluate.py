@@ -22,11 +22,10 @@ from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.scoring import sigmoid
 from mura_batch.weights import WeightsStore, load_bundled
 from mura_batch.weights_card import Calibration, Card, PointName
-from training.dataset import Film
+from training.dataset import ALL_AREAS, Film
 from training.localisation import Localised, localise
 from training.metrics import Cases, Estimate, figures, resampled
 
-ALL_AREAS = "all areas"
 _BATCH = 16
 
 
@@ -98,21 +97,22 @@ def evaluate_areas(
     where the same weights decide in the same way everywhere.
 
     The weights are a home's active ones, or those of its store whose digest begins with
-    ``digest``; without a home the bundled ones.
+    ``digest``, for areas too that they are not stored for; without a home the bundled ones.
 
     Raises:
         Misconfigured: there are no films of these areas, no such weights, or a film cannot be read.
     """
-    scores: dict[str, list[FilmScore]] = {}
-    cards: dict[str, Card] = {}
-    for area in sorted(set(areas)):
-        if own := [film for film in films if film.area == area]:
-            network, card = _weights(Area(area), home, digest)
-            runtime = load(network, card.preprocessing)
-            scores[area] = score_films(runtime, own, card.preprocessing)
-            cards[area] = card
-    if not scores:
+    of_area = {area: [f for f in films if f.area == area] for area in sorted(set(areas))}
+    weights = {area: _weights(Area(area), home, digest) for area, own in of_area.items() if own}
+    if not weights:
         raise Misconfigured(f"There are no films of {', '.join(areas)} here.")
+    cards = {area: card for area, (_, card) in weights.items()}
+    for area, card in cards.items():  # all of them before the first is scored
+        check_readable(of_area[area], card.preprocessing)
+    scores: dict[str, list[FilmScore]] = {}
+    for area, (network, card) in weights.items():
+        runtime = load(network, card.preprocessing)
+        scores[area] = score_films(runtime, of_area[area], card.preprocessing)
     groups = dict(scores)
     if len(scores) > 1 and len({_same(card) for card in cards.values()}) == 1:
         groups[ALL_AREAS] = [one for some in scores.values() for one in some]
@@ -133,7 +133,9 @@ def _weights(area: Area, home: Path | None, digest: str | None) -> tuple[Network
             raise Misconfigured("Name the home that has these weights, with --home.")
         return load_bundled(area)
     store = WeightsStore(load_settings(home, {}).weights_dir)
-    card = store.require(area) if digest is None else store.find(area, digest)
+    card = store.require(area) if digest is None else store.find(None, digest)
+    own = (one for one in store.cards(area) if one.sha256 == card.sha256)
+    card = next(own, card)
     return store.load(card), card
 
 

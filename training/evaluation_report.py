@@ -14,7 +14,9 @@ import jinja2
 from mura_batch.atomic import write_atomic
 from mura_batch.config import NOTICE
 from training.evaluate import Evaluation, Findings
+from training.localisation import LEVEL
 from training.plots import STYLE, plots
+from training.settings import CELL
 
 _COLUMNS = ("area", "level", "stratum", "count", "positive", "figure", "value", "low", "high")
 
@@ -63,7 +65,9 @@ def _html(found: Findings) -> str:
     drawn = {a: plots(c) for a, c in found.studies.items() if len(set(c.labels.tolist())) > 1}
     page = jinja2.Environment(autoescape=True).from_string(_PAGE)
     areas = list(dict.fromkeys(e.area for e in found.evaluations))
-    return page.render(style=STYLE, notice=NOTICE, found=found, plots=drawn, areas=areas)
+    return page.render(
+        style=STYLE, notice=NOTICE, found=found, plots=drawn, areas=areas, cell=CELL, level=LEVEL
+    )
 
 
 def _write(file: Path, text: str) -> None:
@@ -82,9 +86,11 @@ _PAGE = """<!doctype html>
 {% endfor %}</table>
 <p>Intervals are 95 % percentile bootstraps over patients. A dash stands where a figure does not
 exist, such as an area under the curve of one label. The expected calibration error (ece)
-grows with fewer distinct cases, so that its interval lies above it. Evidence is on the network's
-own grid, where
-a random cell would hit a box as often as <em>chance</em> says.</p>
+grows with fewer distinct cases, so that its interval lies above it. Of evidence, on the network's
+own grid (a cell is {{ cell }} pixels of its input): <em>hit</em> is how often the cell with most of
+it touches a box, <em>chance</em> how often a random one would, <em>energy</em> the share of
+positive evidence that lies inside, <em>overlap</em> the intersection over union with what has at
+least {{ "%.0f" | format(100 * level) }} % of the most.</p>
 {% for area in areas %}
 <h2>{{ area }}</h2>
 {% if area in plots %}{{ plots[area] | safe }}{% endif %}

@@ -42,12 +42,15 @@ from training.objectives import film_order, film_weights, outside, regions_and_v
 from training.optimisation import parameter_groups, warm_cosines
 from training.prepared import Prepared, prepared
 from training.run_folder import (
+    UNREADABLE,
     alone_in,
     compare,
     damaged,
+    made_by,
     made_of,
     read_state,
     save,
+    state_digest,
     write_json,
     write_log,
 )
@@ -98,10 +101,11 @@ def fit(
     torch.manual_seed(settings.seed)
     network = network_of(settings.architecture)
     _begin_with(network, start or {})
-    told = made_of(settings, *sides, held_out=held_out, start=network.state_dict())
+    start = network.state_dict()
+    told = made_of(settings, *sides, target=data.target, held_out=held_out, start=start)
     compare(told, run / "run.json", _COMPARED)  # before hours of reading
     if (run / "network.pt").exists():
-        read_state(run / "network.pt")  # done before, if it is whole
+        made_by(run)  # done before, if it is whole
         return
     if workers is None:
         workers = default_workers(device)
@@ -235,7 +239,8 @@ class _Trainer:
             state = self._outcome()
             _finite(sum(float(tensor.sum()) for tensor in state.values()), "the end")
             losses = [round(told["loss"], 5) for told in self._history]
-            outcome = {"seconds": round(self._seconds), "losses": losses}
+            seconds = round(self._seconds)
+            outcome = {"seconds": seconds, "losses": losses, "network": state_digest(state)}
             write_json(outcome, self._run / "outcome.json")
             save(state, self._run / "network.pt")
 
@@ -434,9 +439,11 @@ class _Trainer:
             self._scaler.load_state_dict(state["scaler"])
             self._joint.load_state_dict(state["joint"])
             self._ends = [{n: t.cpu() for n, t in end.items()} for end in state["ends"]]
-            self._history = state["history"]
-            self._seconds = state["seconds"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as exc:
+            self._history = [{n: float(v) for n, v in told.items()} for told in state["history"]]
+            self._seconds = float(state["seconds"])
+            if len(self._history) > len(self._plan):
+                raise damaged(file)
+        except UNREADABLE as exc:
             raise damaged(file) from exc
 
 

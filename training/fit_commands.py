@@ -27,8 +27,8 @@ LABELS = click.option(
 )
 AREA = click.Choice(tuple(Area), case_sensitive=False)
 _START = (
-    "nothing, imagenet, bundled, or a file: network.pt of a run, or weights (.safetensors); with"
-    " --home a digest."
+    "nothing, imagenet, bundled, auto (imagenet where it can be had, else bundled), or a file:"
+    " network.pt of a run, or weights (.safetensors); with --home a digest."
 )
 _RATE = click.FloatRange(0, min_open=True)
 _SHARE = click.FloatRange(0)
@@ -92,13 +92,15 @@ class _Asked(NamedTuple):
 def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
     """Read data and settings; ``base`` stands in for the settings that suit the start."""
     from training.run_folder import read_settings
-    from training.start import in_home, like, settings_for
+    from training.start import in_home, like, obtained, settings_for
 
     click.echo(NOTICE, err=True)
     data = read(options.pop("path"), options.pop("labels")).checked()
     if area := options.pop("area", ()):
         data = data.only(area)
-    start = options.pop("start", "nothing")
+    start, why = obtained(options.pop("start", "nothing"))
+    if why:
+        click.echo(why, err=True)
     if home := options.pop("home", None):
         path, card = in_home(home, start)
         start, base = str(path), like(card)
@@ -187,8 +189,9 @@ def fit_command(
     \b
     python -m training fit MURA-v1.1 runs/wrist --area XR_WRIST --held-out valid --start imagenet
     """
-    _warn_of_seen(options["start"], held_out)
-    _fit(_asked(options), run, held_out, workers, device)
+    asked = _asked(options)
+    _warn_of_seen(asked.start, held_out)
+    _fit(asked, run, held_out, workers, device)
 
 
 def _fit(

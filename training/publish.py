@@ -33,7 +33,7 @@ from training.evaluate import (
     where_evidence_lies,
 )
 from training.metrics import Cases, Estimate, auc_of
-from training.run_folder import described, read_settings, read_state
+from training.run_folder import described, made_by, read_settings
 from training.settings import FitSettings
 
 _TRAINED_ON = (
@@ -187,7 +187,7 @@ def _cards(
 
 def write_weights(run: Path, file: Path, precision: torch.dtype) -> dict[str, Tensor]:
     """Write a run's network as safetensors and return its tensors, as they were rounded."""
-    state = read_state(run / "network.pt")
+    state = made_by(run)
     kept = {n: t.to(precision).contiguous() for n, t in state.items() if t.is_floating_point()}
     write_atomic(file, lambda stream: stream.write(save(kept)))
     return kept

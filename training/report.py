@@ -7,7 +7,8 @@ It is written from a folder of records alone (:class:`training.crossval.Record`)
 - ``variants/*.json``: the same with a part of the method changed, held against it;
 - ``parts/*.json``: shorter trainings, each with a part of the method changed, held against
   ``parts/base.json``;
-- ``data.json``: what ``data report --json`` said of the films.
+- ``data.json``: what ``data report --json`` said of the films;
+- ``remarks.md``: what no record knows of itself.
 
 Pictures of films need the films and the networks; those of the same record that stand beside the
 note stay.
@@ -35,8 +36,8 @@ from mura_batch.config import NOTICE
 from mura_batch.errors import Misconfigured
 from training.calibration import cross_fitted_rates
 from training.crossval import Fold, Record
+from training.dataset import ALL_AREAS
 from training.evaluate import (
-    ALL_AREAS,
     Evaluation,
     FilmScore,
     both_labels,
@@ -145,12 +146,18 @@ def write_note(records: Path, out: Path) -> list[Path]:
         pictures=pictures_of(whole, figures),
         records=os.path.relpath(records, out),
         trunk=(records / "trunk").is_dir(),
+        remarks=_remarks(records / "remarks.md"),
     )
     note = out / "REPORT.md"
     _write(note, text)
     page = _page(text)
     _write(note.with_suffix(".html"), page)
     return [note, note.with_suffix(".html"), *_pdf(note.with_suffix(".html"))]
+
+
+def _remarks(file: Path) -> str:
+    """Return what people wrote of the records, more items of the list of limits."""
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
 
 def _evaluations(record: Record) -> Iterator[Evaluation]:

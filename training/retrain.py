@@ -26,7 +26,7 @@ from mura_batch.runtime import load
 from mura_batch.weights import Card, WeightsStore
 from training.crossval import score_run
 from training.dataset import Dataset, Film
-from training.evaluate import FilmScore, by_study, cases_of, score_films
+from training.evaluate import FilmScore, by_study, cases_of, check_readable, score_films
 from training.fit import fit
 from training.folds import fold_numbers
 from training.metrics import Cases, Estimate, auc_of, difference, roc_auc
@@ -68,6 +68,7 @@ class Retrained:
         on: what it was measured on, in words.
         before: card of the weights that were in use, None where there were none.
         gain: how much higher the new AUC is than theirs on the same studies.
+        good: it is not worse than theirs, or there were none.
         activated: the new weights are in use.
         run: the folder of all that was made on the way.
     """
@@ -77,6 +78,7 @@ class Retrained:
     on: str
     before: Card | None
     gain: Estimate | None
+    good: bool
     activated: bool
     run: Path
 
@@ -101,6 +103,7 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
         start = store.load(before).state_dict()
     if plan.epochs is not None:
         base = replace(base, stages=(Stage(base.preprocessing.size, plan.epochs),))
+    check_readable(seen, base.preprocessing)  # before hours of training
     made_of = (data_digest(data.films), aside, base, plan.trials, before and before.sha256)
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
     run = folder / name
@@ -142,7 +145,7 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
     if activated:
         store.activate(area, card.sha256, "" if good else plan.force)
     on = f"{len(cases.labels)} studies, {int(cases.labels.sum())} positive, kept aside"
-    return Retrained(card, auc_of(cases), on, before, gain, activated, run)
+    return Retrained(card, auc_of(cases), on, before, gain, good, activated, run)
 
 
 def divided(data: Dataset, file: Path) -> tuple[Dataset, list[str]]:
@@ -152,16 +155,27 @@ def divided(data: Dataset, file: Path) -> tuple[Dataset, list[str]]:
     where they are. Of those who came since, each fifth goes aside.
 
     Raises:
-        Misconfigured: the file is damaged, or the patients are too few.
+        Misconfigured: the file is damaged, the patients are too few, or the splits would have
+            someone on another side than before.
     """
     named = sorted({film.split for film in data.films} & set(_ASIDE))
-    if named:
-        return data, named
     before = _read(file)
     studies: defaultdict[str, set[str]] = defaultdict(set)
     for film in data.films:
         studies[film.patient].add(hashlib.sha256(film.study.encode()).hexdigest()[:16])
-    if before:
+    if named:
+        aside = {film.patient for film in data.films if film.split in named}
+        crossed = [
+            patient
+            for patient, own in studies.items()
+            if any(before.get(study, patient in aside) != (patient in aside) for study in own)
+        ]
+        if crossed:
+            raise Misconfigured(
+                f"By these splits, patient {crossed[0]} ({len(crossed)} in all) would change sides:"
+                f" {file} says whom networks of this home have learned from. Leave the splits out."
+            )
+    elif before:
         aside = {patient for patient, own in studies.items() if _stays_aside(own, before)}
     else:
         first = fold_numbers(data.films, _FOLDS, FitSettings().seed) == 0
@@ -169,6 +183,8 @@ def divided(data: Dataset, file: Path) -> tuple[Dataset, list[str]]:
     told = {study: patient in aside for patient, own in studies.items() for study in own}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(before | told, file)
+    if named:
+        return data, named
     films = (replace(f, split=_KEPT if f.patient in aside else "train") for f in data.films)
     return replace(data, films=tuple(films)), [_KEPT]
 

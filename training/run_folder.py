@@ -19,13 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mura_batch
+import training
 from mura_batch.atomic import write_atomic
-from mura_batch.errors import Misconfigured, Transient
+from mura_batch.errors import Misconfigured, Transient, WeightsRefused
 from mura_batch.weights import sha256_of
 from training.dataset import Film
 from training.settings import FitSettings, settings_of
 
 _DESCRIBED = ("held_out", "start", "data", "films", "aside", "versions", "threads")
+# What torch raises of a file that is none of its own: pickles end in many ways.
+UNREADABLE = (
+    AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 _PLACES = ("path", "where", "split")  # of a film: where it stands, not what is trained on
 
 
@@ -60,11 +67,13 @@ def made_of(
     films: Sequence[Film],
     aside: Sequence[Film],
     *,
+    target: str,
     held_out: Collection[str],
     start: Mapping[str, Tensor],
 ) -> dict[str, object]:
     """Return what a run is made of; ``start`` is the state that it begins with."""
     return {
+        "target": target,
         "held_out": sorted(held_out),
         "start": state_digest(start),
         "settings": asdict(settings),
@@ -72,9 +81,19 @@ def made_of(
         "films": len(films),
         "aside": len(aside),
         "versions": {name: version(name) for name in ("mura-batch", "torch", "torchvision")}
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version(), "code": code_digest()},
         "threads": torch.get_num_threads(),
     }
+
+
+def code_digest() -> str:
+    """Return the beginning of a digest of this program's own source."""
+    digest = hashlib.sha256()
+    for package in (mura_batch, training):
+        root = Path(str(package.__file__)).parent
+        for file in sorted(root.rglob("*.py")):
+            digest.update(str(file.relative_to(root.parent)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def compare(told: Mapping[str, object], file: Path, compared: Sequence[str]) -> bool:
@@ -110,7 +129,7 @@ def read_settings(file: Path) -> FitSettings:
         return settings_of(json.loads(file.read_text(encoding="utf-8"))["settings"])
     except KeyError as exc:
         raise Misconfigured(f"{file} says nothing of {exc}: it is no run's settings.") from exc
-    except (OSError, ValueError, TypeError) as exc:
+    except (OSError, ValueError, TypeError, RecursionError, WeightsRefused) as exc:
         raise Misconfigured(f"{file} holds no settings of a run: {exc}") from exc
 
 
@@ -170,10 +189,27 @@ def read_state(file: Path, device: str | torch.device = "cpu") -> dict[str, Any]
         state = torch.load(file, weights_only=True, map_location=device)
     except FileNotFoundError as exc:
         raise Misconfigured(f"{file} is gone: remove {file.parent} to begin again.") from exc
-    except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as exc:
+    except UNREADABLE as exc:
         raise damaged(file) from exc
     if not isinstance(state, dict):
         raise damaged(file)
+    return state
+
+
+def made_by(run: Path) -> dict[str, Tensor]:
+    """Return the state of the network that a run made.
+
+    Raises:
+        Misconfigured: it is missing, damaged, or not the one that ``outcome.json`` tells of.
+    """
+    file = run / "network.pt"
+    state = read_state(file)
+    try:
+        told = json.loads((run / "outcome.json").read_text(encoding="utf-8"))["network"]
+        if state_digest(state) != told:
+            raise damaged(file)
+    except UNREADABLE as exc:
+        raise damaged(file) from exc
     return state
 
 

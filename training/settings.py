@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from mura_batch.preprocessing import Crop, Decode, Fit, Preprocessing
-from mura_batch.weights_card import ARCHITECTURE, ARCHITECTURES
+from mura_batch.errors import Misconfigured
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.weights_card import ARCHITECTURE, ARCHITECTURES, preprocessing_of
 
 Phase = Literal["head", "all"]
 Imbalance = Literal["mura", "balanced", "none"]
 Precision = Literal["f32", "bf16", "fp16"]
 
 CELL = 32  # input pixels a side of a cell of DenseNet's last map
+_MOST_EPOCHS = 10_000
 _FROZEN = 3  # dense blocks at most: above the last there is the head alone
 _STRONGEST = 2.0  # augmentation: twice as much as published
 _WORDS = {
@@ -24,7 +26,7 @@ _WORDS = {
     "precision": get_args(Precision),
     "swa": (True, False),
 }
-_INTEGERS = {"head_epochs": (0, math.inf), "batch": (2, math.inf), "seed": (0, 2**32 - 1)}
+_INTEGERS = {"head_epochs": (0, _MOST_EPOCHS), "batch": (2, math.inf), "seed": (0, 2**32 - 1)}
 _NUMBERS = {
     "head_rate": (0, 1),
     "rate": (0, 1),
@@ -69,11 +71,13 @@ class Stage:
     def __post_init__(self) -> None:
         if not (_whole(self.size, CELL, math.inf) and self.size % CELL == 0):
             raise ValueError(f"a stage's size of {self.size!r} is no multiple of {CELL}")
-        if not (_whole(self.epochs, 1, math.inf) and _whole(self.frozen, 0, _FROZEN)):
+        if not (_whole(self.epochs, 1, _MOST_EPOCHS) and _whole(self.frozen, 0, _FROZEN)):
             raise ValueError(
                 f"a stage of {self.epochs!r} epochs with {self.frozen!r} frozen blocks:"
-                f" 1 and more, and 0 to {_FROZEN}"
+                f" 1 to {_MOST_EPOCHS}, and 0 to {_FROZEN}"
             )
+        if self.crops not in (True, False):
+            raise ValueError(f"crops {self.crops!r} of a stage is neither true nor false")
         low, high = _NUMBERS["inside"]
         if not (self.inside is None or low <= self.inside <= high):
             raise ValueError(f"inside {self.inside!r} of a stage is no number from {low} to {high}")
@@ -147,8 +151,8 @@ class FitSettings:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and least <= value <= most):
                 raise ValueError(f"{name} {value!r} is no number from {least} to {most}")
-        if not (self.patience is None or _whole(self.patience, 1, math.inf)):
-            raise ValueError(f"patience {self.patience!r} is neither none nor 1 and more")
+        if not (self.patience is None or _whole(self.patience, 1, _MOST_EPOCHS)):
+            raise ValueError(f"patience {self.patience!r} is neither none nor 1 to {_MOST_EPOCHS}")
         if not self.stages:
             raise ValueError("there is no stage")
         last = self.stages[-1]
@@ -221,23 +225,29 @@ TRUNK = replace(FROM_NOTHING, stages=(Stage(96, 10, crops=True),), swa=False, jo
 
 
 def two_phases(spec: Preprocessing, architecture: str) -> FitSettings:
-    """Return the default settings for weights of this kind that see films so."""
+    """Return the default settings for weights of this kind that see films so.
+
+    Raises:
+        Misconfigured: training cannot go on from weights that see films at such a size.
+    """
+    if spec.size % CELL:
+        raise Misconfigured(
+            f"These weights see films at {spec.size} pixels; training needs a multiple of {CELL}:"
+            " begin with others."
+        )
     return FitSettings(spec, architecture, stages=(Stage(spec.size, 20),))
 
 
 def settings_of(told: Mapping[str, Any]) -> FitSettings:
-    """Return settings from their JSON; KeyError, TypeError or ValueError where it is not theirs."""
-    spec = told["preprocessing"]
-    for name, words in (("crop", Crop), ("fit", Fit), ("decode", Decode)):
-        if spec[name] not in get_args(words):
-            raise ValueError(f"{name} {spec[name]!r} is none of {', '.join(get_args(words))}")
-    channels = {name: tuple(map(float, spec[name])) for name in ("mean", "std")}
-    if {len(of_channel) for of_channel in channels.values()} != {3}:
-        raise ValueError("mean and std are three numbers each")
+    """Return settings from their JSON; KeyError, TypeError or ValueError where it is not theirs.
+
+    Raises:
+        WeightsRefused: its preprocessing is none.
+    """
     return FitSettings(
         **{
             **told,
-            "preprocessing": Preprocessing(**{**spec, **channels}),
+            "preprocessing": preprocessing_of(told["preprocessing"], "settings: preprocessing"),
             "stages": tuple(Stage(**stage) for stage in told["stages"]),
         }
     )

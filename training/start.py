@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,12 @@ from mura_batch.weights import (
     read_card,
 )
 from mura_batch.weights_card import ARCHITECTURE
-from training.run_folder import read_settings
+from training.run_folder import UNREADABLE, read_settings
 from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
 
-_NO_START = "{}: no such file; --start takes nothing, imagenet, bundled, or a file."
+_NO_START = "{}: no such file; --start takes nothing, imagenet, bundled, auto, or a file."
 _FIXED = {"nothing": FROM_NOTHING, "imagenet": FitSettings()}
-WORDS = (*_FIXED, "bundled")  # what --start takes besides files
-_DAMAGED = (pickle.UnpicklingError, SafetensorError)
+WORDS = (*_FIXED, "bundled", "auto")  # what --start takes besides files
 
 
 def settings_for(start: str) -> FitSettings:
@@ -59,6 +57,19 @@ def settings_for(start: str) -> FitSettings:
             return replace(LIMB_FILMS, architecture=before.architecture)
         return like(before)
     return FitSettings()
+
+
+def obtained(start: str) -> tuple[str, str]:
+    """Return what ``auto`` stands for, and why in words: ImageNet where its weights can be had,
+    else the bundled ones. Everything else stands for itself.
+    """
+    if start != "auto":
+        return start, ""
+    try:
+        _imagenet()
+    except Transient as exc:
+        return "bundled", f"begins with the bundled weights: {exc}"
+    return "imagenet", "begins with ImageNet's weights"
 
 
 def of_the_bundled() -> str:
@@ -111,7 +122,7 @@ def _imagenet() -> Mapping[str, Tensor]:
         state = densenet121(weights=DenseNet121_Weights.IMAGENET1K_V1).state_dict()
     except (URLError, OSError) as exc:
         raise Transient(
-            f"ImageNet's weights cannot be downloaded ({exc}): try again, or --start bundled."
+            f"ImageNet's weights cannot be downloaded ({exc}): try again, or --start bundled"
         ) from exc
     return {name: tensor for name, tensor in state.items() if not name.startswith("classifier")}
 
@@ -124,7 +135,7 @@ def _of_file(file: Path) -> Mapping[str, Tensor]:
             state = torch.load(file, weights_only=True, map_location="cpu")
     except FileNotFoundError as exc:
         raise Misconfigured(_NO_START.format(file)) from exc
-    except (EOFError, OSError, RuntimeError, ValueError, *_DAMAGED) as exc:
+    except (*UNREADABLE, SafetensorError) as exc:
         raise Misconfigured(
             f"{file} is no network's state: give one that torch or safetensors wrote."
         ) from exc

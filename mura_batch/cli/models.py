@@ -15,7 +15,7 @@ from mura_batch.errors import MuraError
 
 if TYPE_CHECKING:
     from mura_batch.weights import WeightsStore
-    from mura_batch.weights_card import Card
+    from mura_batch.weights_card import Card, Target
     from mura_batch.weights_fetch import Patience
 
 
@@ -136,7 +136,11 @@ def fetch_with_progress(
 @models.command("import")
 @click.argument("area", type=AREA)
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--target", type=click.Choice(["abnormal", "fracture"]), default="abnormal")
+@click.option(
+    "--target",
+    type=click.Choice(["abnormal", "fracture"]),
+    help="What a high probability means  [default: what a training run says, else abnormal]",
+)
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True)
 @click.option("--licence", default="not stated", help="Licence of the weights.")
 @click.option("--activate", is_flag=True, help="Use them from now on.")
@@ -145,24 +149,26 @@ def models_import(
     ctx: click.Context,
     area: str,
     file: Path,
-    target: str,
+    target: Target | None,
     threshold: float,
     licence: str,
     activate: bool,
 ) -> None:
     """Store a torch checkpoint (a state dict, or a file that holds `model_state`).
 
+    Of a training run's network.pt, run.json beside it says how it sees films.
     Safetensors are stored too, with their card: FILE.json or card.json beside them. It says all
     that the options say, so leave these out.
 
     \b
     mura-batch models import XR_WRIST wrist_best.pt --activate
+    mura-batch models import XR_WRIST runs/wrist/network.pt
     """
     from mura_batch.weights_import import Facts, import_checkpoint
 
     facts = Facts(
         area=Area(area),
-        target="fracture" if target == "fracture" else "abnormal",
+        target=target,
         threshold=threshold,
         licence=licence,
     )

@@ -28,6 +28,7 @@ _LABELS: dict[str, Literal["positive", "negative"]] = {
     "negative": "negative",
     "0": "negative",
 }
+_MOST_LABELS = 100 << 20  # bytes of a CSV
 _STATES = ("done", "failed", "quarantined", "needs_area", "no_weights", "queued", "running")
 _STUDY_COLUMNS = (
     "study",
@@ -305,7 +306,8 @@ def label_set(ctx: click.Context, study: str, value: str, area: str | None) -> N
     \b
     mura-batch label set 3f2a positive
     """
-    _store_labels(ctx, [{"study": study, "label": value, "area": area or ""}])
+    row = {"study": study, "label": value, "area": area or ""}
+    _store_labels(ctx, {f"the label of {study}": row})
 
 
 @label.command("import")
@@ -320,23 +322,40 @@ def label_import(ctx: click.Context, file: Path) -> None:
     \b
     mura-batch label import truth.csv
     """
+    _store_labels(ctx, _label_table(file))
+
+
+def _label_table(file: Path) -> dict[str, dict[str, str]]:
+    """Return a CSV's rows by their places."""
+    if not file.is_file() or file.stat().st_size > _MOST_LABELS:
+        raise Misconfigured(f"{file} is no file of at most {_MOST_LABELS >> 20} MiB: split it")
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
+            table = csv.DictReader(stream, restval="")
+            columns = {name: name.strip() for name in table.fieldnames or ()}
+            if missing := {"study", "label"} - {*columns.values()}:
+                names = " and ".join(sorted(missing, reverse=True))
+                raise Misconfigured(f"{file}:1 has no column {names}: commas part the columns")
+            rows = {
+                f"{file}:{table.line_num}": {columns[k]: (row[k] or "").strip() for k in columns}
+                for row in table
+            }
     except (UnicodeDecodeError, csv.Error) as exc:
         raise Misconfigured(f"{file} is no CSV in UTF-8 ({exc}): save it as such") from exc
-    _store_labels(ctx, rows)
+    if not rows:
+        raise Misconfigured(f"{file} has no rows: no label was stored")
+    return rows
 
 
-def _store_labels(ctx: click.Context, rows: Sequence[dict[str, str]]) -> None:
+def _store_labels(ctx: click.Context, rows: dict[str, dict[str, str]]) -> None:
     from mura_batch.store import Store
 
     truth, problems = [], []
-    for number, row in enumerate(rows, start=2):
+    for place, row in rows.items():
         try:
             truth.append(_label_row(row))
         except ValueError as exc:
-            problems.append(f"line {number} {exc}")
+            problems.append(f"{place} {exc}")
     if problems:
         raise Misconfigured(f"No label was stored: {listed(problems)}.")
     with Store.open(cli.settings(ctx).database_url) as store:

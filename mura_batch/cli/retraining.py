@@ -15,6 +15,7 @@ from mura_batch.errors import Misconfigured, Transient
 
 _NICENESS = 10
 _GIB = 2**30
+_MOST_MEMORY = 2**60  # bytes
 
 
 @click.command()
@@ -34,7 +35,12 @@ _GIB = 2**30
 )
 @click.option("--epochs", type=click.IntRange(1), help="Epochs of phase two at most.")
 @click.option("--activate", is_flag=True, help="Use the new weights if they are not worse.")
-@click.option("--force", metavar="REASON", default="", help="Use them even so; the reason is kept.")
+@click.option(
+    "--force",
+    metavar="REASON",
+    default="",
+    help="Use them, even if they are worse; the reason is kept.",
+)
 @click.option(
     "--memory",
     type=click.FloatRange(1),
@@ -96,7 +102,8 @@ def retrain(
         click.echo("not in use: it may be worse. `--force REASON` puts it in use even so", err=True)
         ctx.exit(cli.FAILED)
     else:
-        click.echo(f"to use it: mura-batch models activate {area} {done.card.short}")
+        use = "to use it" if done.good else "it may be worse than what is in use; to use it even so"
+        click.echo(f"{use}: mura-batch models activate {area} {done.card.short}")
 
 
 def _first_line(exc: BaseException) -> str:
@@ -107,12 +114,17 @@ def _be_modest(memory: float | None, device: str) -> None:
     """Leave the daemon its share: low priority, bounded memory, threads that do not spin.
 
     Raises:
-        Misconfigured: a GPU has not enough memory free.
+        Misconfigured: there is no such device, or a GPU has not enough memory free.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.nice(_NICENESS)
     most = memory * _GIB if memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    if not most < _MOST_MEMORY:  # NaN is not, either
+        raise click.UsageError("--memory: a number of GiB")
+    from mura_batch.runtime.torch_runtime import find_device
+
+    device = find_device(device)
     if not device.startswith("cuda"):
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         allowed = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from mura_batch.area import Area
 from training.dataset import Dataset, Film, Problem
 from training.sources.tables import Row, gather, present, read_table
 
 _TABLES = ("labels.csv", "other.csv")
+_NO_LIMB = "NONE"  # the area of films that show no upper limb
 
 
 def is_one(folder: Path) -> bool:
@@ -31,18 +33,21 @@ def read(folder: Path) -> Dataset:
     for name, films_of in zip(_TABLES, (_upper_limb, _other), strict=True):
         rows = read_table(folder / name, ("image_id", "fractured"))
         found, wrong = gather(rows, partial(films_of, folder))
-        films += [film for film in found if film.area != "NONE"]
+        films += [film for film in found if film.area != _NO_LIMB]
         problems += wrong
     return Dataset(tuple(films), tuple(problems), target="fracture", labels_of="film")
 
 
 def _upper_limb(folder: Path, row: Row) -> Iterator[Film]:
+    area = row.need("area")
+    if area not in {*Area, _NO_LIMB}:
+        raise ValueError(f"the area {area!r} is none of {', '.join(Area)}, {_NO_LIMB}")
     seen = [flag for flag in (row.flag("cast"), row.flag("hardware")) if flag is not None]
     yield Film(
         present(folder / "images" / row.need("image_id")),
         study=row.need("exam"),
         patient=row["exam"],
-        area=row.need("area"),
+        area=area,
         label=row.label("fractured"),
         split=row["fold"],
         also=tuple(filter(None, row["also"].split(";"))),

@@ -7,7 +7,6 @@ centre and its size in shares of the film's width and height.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from training.dataset import Dataset, Film
 from training.sources.tables import Row, gather, present, read_table
 
 ENDINGS = (".csv", ".parquet")
+_WEIGHTS = (1e-3, 1e3)
 _NEEDED = ("image", "study", "patient", "area", "label")
 
 
@@ -54,6 +54,7 @@ def _films(folder: Path, row: Row) -> Iterator[Film]:
 
 def _weight(row: Row) -> float:
     weight = row.number("weight", 1.0)
-    if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"the weight {weight:g} is not above 0")
+    least, most = _WEIGHTS
+    if not least <= weight <= most:
+        raise ValueError(f"the weight {weight:g} is not from {least:g} to {most:g}")
     return weight

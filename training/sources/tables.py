@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from mura_batch.errors import Misconfigured
@@ -114,12 +115,17 @@ def _parquet(file: Path) -> Iterator[Row]:
 
     try:
         table = pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as exc:
+    except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as exc:
         raise Misconfigured(f"{file} is no readable Parquet file ({exc}).") from exc
     for number, cells in enumerate(table.to_pylist(), start=1):
-        named = {key: "" if v is None else _text(v) for key, v in cells.items()}
+        named = {key.strip(): _text(value) for key, value in cells.items()}
         yield Row(f"{file} row {number}", named)
 
 
 def _text(value: object) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value).strip()
+    """Return a cell as a CSV would have it: a whole number without its point, nothing for NaN."""
+    if value is None or value != value:  # noqa: PLR0124 - NaN alone is not itself
+        return ""
+    if isinstance(value, (bool, float, Decimal)) and float(value).is_integer():
+        return str(int(value))
+    return str(value).strip()
