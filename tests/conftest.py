@@ -15,6 +15,14 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
 
 
+LONG = {"test_bench", "test_crash", "test_retrain", "test_search", "test_training_faults"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: no process waits for another's in the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The large open data beside the checkout; tests that need it skip in a user's clone."""
