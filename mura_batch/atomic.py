@@ -29,7 +29,7 @@ def write_atomic(target: str | Path, writer: Callable[[BinaryIO], object]) -> No
     except BaseException as exc:
         with suppress(FileNotFoundError):
             os.unlink(partial)
-        if isinstance(exc, OSError) and exc.filename is None:
+        if isinstance(exc, OSError) and exc.errno and exc.filename is None:
             exc.filename = str(target)  # a full disk does not say where it is
         raise
     sync_folder(folder)
