@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -124,8 +125,9 @@ def _parquet(file: Path) -> Iterator[Row]:
 
 def _text(value: object) -> str:
     """Return a cell as a CSV would have it: a whole number without its point, nothing for NaN."""
-    if value is None or value != value:  # noqa: PLR0124 - NaN alone is not itself
+    number = float(value) if isinstance(value, (bool, float, Decimal)) else None
+    if value is None or (number is not None and math.isnan(number)):
         return ""
-    if isinstance(value, (bool, float, Decimal)) and float(value).is_integer():
-        return str(int(value))
+    if number is not None and number.is_integer():
+        return str(int(number))
     return str(value).strip()
