@@ -103,7 +103,7 @@ def _show(found: DataReport) -> None:
     )
     click.echo(f"\nhardware or cast: {told}")
     _some("unusable rows", found.problems)
-    _some("unreadable films", found.unreadable)
+    _some("unreadable films, left out", found.unreadable)
     for exact, name in ((True, "groups of one content"), (False, "groups that look alike")):
         groups = [group for group in found.duplicates if group.exact is exact]
         across = sorted((group for group in groups if group.across), key=_graver)

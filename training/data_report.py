@@ -105,14 +105,18 @@ class DataReport:
 
 
 def survey(data: Dataset, workers: int | None = None) -> DataReport:
-    """Look at every film of a data set; the order of what is reported is that of the data."""
+    """Look at every film of a data set; the order of what is reported is that of the data.
+
+    Films that cannot be read are listed, and left out of all else.
+    """
     looks = list(_looked_at(data.films, workers))
     seen = [(film, look) for film, look in zip(data.films, looks, strict=True) if not look.error]
+    films = [film for film, _ in seen]
     return DataReport(
         target=data.target,
-        counts=tuple(_counts(data.films)),
-        totals=tuple(_totals(data.films)),
-        several_areas=_several_areas(data.films),
+        counts=tuple(_counts(films)),
+        totals=tuple(_totals(films)),
+        several_areas=_several_areas(films),
         problems=tuple(f"{one.where}: {one.what}" for one in data.all_problems()),
         unreadable=tuple(
             f"{film.where}: {film.name}: {look.error}"
@@ -121,7 +125,7 @@ def survey(data: Dataset, workers: int | None = None) -> DataReport:
         ),
         duplicates=tuple(_duplicates(seen)),
         quantiles=_quantiles([look for _, look in seen]),
-        hardware=_hardware(data.films),
+        hardware=_hardware(films),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mura_batch.errors import Misconfigured, Rejected, Transient, listed
@@ -144,12 +144,14 @@ class Dataset:
         target: what a label of 1 means: ``abnormal`` or ``fracture``.
         labels_of: ``study`` where all films of a study must have one label, ``film`` where each
             has its own.
+        source: where the films are from, for messages.
     """
 
     films: tuple[Film, ...]
     problems: tuple[Problem, ...] = ()
     target: str = "abnormal"
     labels_of: str = "study"
+    source: str = "this data"
 
     def all_problems(self) -> Iterator[Problem]:
         """Yield the source's problems, and those between films."""
@@ -178,7 +180,7 @@ class Dataset:
         if problems := [f"{one.where}: {one.what}" for one in self.all_problems()]:
             raise Misconfigured(listed(problems))
         if not self.films:
-            raise Misconfigured("There are no films in this data.")
+            raise Misconfigured(f"There are no films in {self.source}.")
         return self
 
     def has_splits(self, names: Iterable[str]) -> Dataset:
@@ -203,10 +205,12 @@ class Dataset:
         films = tuple(f for f in self.films if f.area in wanted or wanted & set(f.also))
         name = ", ".join(sorted(wanted))
         if not films:
-            raise Misconfigured(f"There are no films of {name} in this data.")
+            raise Misconfigured(f"There are no films of {name} in {self.source}.")
         if len({film.label for film in films}) == 1:
-            raise Misconfigured(f"All films of {name} have the label {films[0].label}.")
-        return Dataset(films, self.problems, self.target, self.labels_of)
+            raise Misconfigured(
+                f"All films of {name} in {self.source} have the label {films[0].label}."
+            )
+        return replace(self, films=films)
 
 
 def _contradictions(stated: Iterable[tuple[str, str, Film]], what: str) -> Iterator[Problem]:

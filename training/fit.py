@@ -169,8 +169,12 @@ def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettin
             raise Misconfigured(
                 "The studies to choose the epoch by do not have both labels: give more films."
             )
-    if {film.label for film in kept[~aside]} != {0, 1}:
-        raise Misconfigured("The films to train on do not have both labels: give more films.")
+    if len({film.label for film in kept[~aside]}) == 1:
+        first = kept[~aside][0]
+        raise Misconfigured(
+            f"All films to train on have the label {first.label}, that of {first.where} on: give"
+            " more films."
+        )
     if (~aside).sum() < settings.batch:
         raise Misconfigured(
             f"{(~aside).sum()} films to train on are less than a batch of {settings.batch}: give"

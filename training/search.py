@@ -36,7 +36,7 @@ from training.evaluate import check_readable
 from training.fit import LossIsNoNumber, divide, fit, study_auc
 from training.folds import folded
 from training.run_folder import alone_in, compare, data_digest, state_digest, write_json
-from training.settings import CELL, FitSettings, Imbalance, settings_of
+from training.settings import CELL, FROZEN, FitSettings, Imbalance, settings_of
 
 _NAME = "settings"  # of the one study in a folder's journal
 _LARGER = 10 / 7  # of the input size: 320 instead of 224
@@ -255,10 +255,13 @@ def _suggested(trial: optuna.Trial, base: FitSettings) -> FitSettings:
         fit=cast("Fit", trial.suggest_categorical("fit", get_args(Fit))),
     )
     last = base.stages[-1].size
+    frozen = trial.suggest_int("frozen", 0, FROZEN)
     return replace(
         base,
         preprocessing=spec,
-        stages=tuple(replace(s, size=size) if s.size == last else s for s in base.stages),
+        stages=tuple(
+            replace(s, size=size, frozen=frozen) if s.size == last else s for s in base.stages
+        ),
         head_epochs=trial.suggest_int("head_epochs", 0, 4),
         rate=trial.suggest_float("rate", 1e-5, 3e-3, log=True),
         block_decay=trial.suggest_float("block_decay", 0.4, 1.0),
@@ -271,8 +274,9 @@ def _suggested(trial: optuna.Trial, base: FitSettings) -> FitSettings:
 def _params_of(base: FitSettings) -> dict[str, object]:
     """Return the base's values for what :func:`_suggested` asks."""
     named = ("head_epochs", "rate", "block_decay", "weight_decay", "augmentation", "imbalance")
-    spec = base.preprocessing
-    return {name: getattr(base, name) for name in named} | {"size": spec.size, "fit": spec.fit}
+    spec, frozen = base.preprocessing, base.stages[-1].frozen
+    seen = {"size": spec.size, "fit": spec.fit, "frozen": frozen}
+    return {name: getattr(base, name) for name in named} | seen
 
 
 def _best(run: Path, base: FitSettings) -> Best:

@@ -18,7 +18,7 @@ Precision = Literal["f32", "bf16", "fp16"]
 
 CELL = 32  # input pixels a side of a cell of DenseNet's last map
 _MOST_EPOCHS = 10_000
-_FROZEN = 3  # dense blocks at most: above the last there is the head alone
+FROZEN = 3  # dense blocks at most: above the last there is the head alone
 _STRONGEST = 2.0  # augmentation: twice as much as published
 _WORDS = {
     "architecture": ARCHITECTURES,
@@ -71,10 +71,10 @@ class Stage:
     def __post_init__(self) -> None:
         if not (_whole(self.size, CELL, math.inf) and self.size % CELL == 0):
             raise ValueError(f"a stage's size of {self.size!r} is no multiple of {CELL}")
-        if not (_whole(self.epochs, 1, _MOST_EPOCHS) and _whole(self.frozen, 0, _FROZEN)):
+        if not (_whole(self.epochs, 1, _MOST_EPOCHS) and _whole(self.frozen, 0, FROZEN)):
             raise ValueError(
                 f"a stage of {self.epochs!r} epochs with {self.frozen!r} frozen blocks:"
-                f" 1 to {_MOST_EPOCHS}, and 0 to {_FROZEN}"
+                f" 1 to {_MOST_EPOCHS}, and 0 to {FROZEN}"
             )
         if self.crops not in (True, False):
             raise ValueError(f"crops {self.crops!r} of a stage is neither true nor false")

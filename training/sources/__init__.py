@@ -7,6 +7,7 @@ own (``manifest``), a folder of DICOM with a CSV of labels (``dicom``), a site's
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mura_batch.errors import Misconfigured
@@ -25,6 +26,10 @@ def read(data: Path, labels: Path | None = None) -> Dataset:
     Raises:
         Misconfigured: it is none of these.
     """
+    return replace(_read(data, labels), source=str(data))
+
+
+def _read(data: Path, labels: Path | None) -> Dataset:
     if labels is not None:
         return dicom.read(data, labels)
     if data.suffix.lower() in manifest.ENDINGS:
