@@ -39,16 +39,17 @@ from mura_batch.area import Area
 from mura_batch.config import Settings
 from mura_batch.daemon import Daemon, Summary
 from mura_batch.demo import drop_samples
-from mura_batch.errors import Misconfigured, MuraError
-from mura_batch.network import Network, normalise
+from mura_batch.errors import MuraError
+from mura_batch.network import EvidenceNet, Network, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
-from mura_batch.runtime import Inference, Runtime, load
+from mura_batch.runtime import Inference, Runtime
 from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
-from mura_batch.weights import WeightsStore, load_bundled
+from mura_batch.weights import WeightsStore, bundled_int8_form, load_bundled
 
 Say = Callable[[str], object]
 Name = Literal["torch", "openvino"]
+Precision = Literal["f32", "int8"]
 
 _WEIGHTS_OF = Area.XR_HAND  # the bundled weights are the same for all areas
 _PATIENCE = 60.0  # seconds without any step before an end-to-end run is given up
@@ -83,7 +84,7 @@ class ModelOnly:
     """
 
     runtime: Name
-    precision: str
+    precision: Precision
     mode: str
     device: str
     batch: int
@@ -102,7 +103,7 @@ class EndToEnd:
     """
 
     runtime: Name
-    precision: str
+    precision: Precision
     overlay: bool
     images: int
     images_per_s: float
@@ -131,15 +132,15 @@ class Report:
             lines.append(f"  {name:38}{m.images_per_s:8.1f}{differences}")
         lines += ["", f"{'end to end':40}images/s   of the pass   images   start-up"]
         for e in self.end_to_end:
-            name = f"{e.runtime} {e.precision}, {'' if e.overlay else 'no '}overlays"
+            name = str(Way(e.runtime, e.precision, e.overlay))
             facts = f"{self._share(e):14.0%}{e.images:9}{e.start_s:9.1f} s"
             lines.append(f"  {name:38}{e.images_per_s:8.1f}{facts}")
         return "\n".join(lines)
 
     def _share(self, whole: EndToEnd) -> float:
         """Return what of the bare forward pass's rate the whole way keeps, on the same runtime."""
-        mode = _SCORING_MODE[whole.runtime]
-        bare = [m for m in self.model_only if (m.runtime, m.mode) == (whole.runtime, mode)]
+        own = (whole.runtime, whole.precision, _SCORING_MODE[whole.runtime])
+        bare = [m for m in self.model_only if (m.runtime, m.precision, m.mode) == own]
         return whole.images_per_s / bare[-1].images_per_s  # the device that `auto` chooses is last
 
 
@@ -154,36 +155,37 @@ def measure(say: Say, plan: Plan = Plan()) -> Report:
     for contender in contenders:
         contender.infer(films)
     ways = [
-        (name, overlay)
-        for name in dict.fromkeys(c.runtime for c in contenders)
+        Way(*kind, overlay=overlay)
+        for kind in dict.fromkeys((c.runtime, c.precision) for c in contenders if c.scoring)
         for overlay in (True, False)
     ]
     bare: dict[int, list[float]] = {n: [] for n in range(len(contenders))}
-    whole: dict[tuple[Name, bool], list[Passage]] = {way: [] for way in ways}
+    whole: dict[Way, list[Passage]] = {way: [] for way in ways}
     with sample_films(plan.films) as folder:
         for turn in range(plan.rounds):
-            for runtime, overlay in ways:
-                say(f"round {turn + 1} of {plan.rounds}: {runtime}, {overlay=}")
+            for way in ways:
+                say(f"round {turn + 1} of {plan.rounds}: {way}")
                 for n, contender in enumerate(contenders):  # close to what is held against it
-                    if contender.runtime == runtime:
+                    if (contender.runtime, contender.precision) == (way.runtime, way.precision):
                         bare[n].append(_rate(contender, films, plan.views))
-                whole[runtime, overlay].append(run_through(folder, runtime, overlay=overlay))
+                whole[way].append(run_through(folder, way))
     return Report(
         machine,
         tuple(
-            ModelOnly(c.runtime, "f32", c.mode, c.device, batch, _median(bare[n]), *differences[n])
+            ModelOnly(
+                c.runtime, c.precision, c.mode, c.device, batch, _median(bare[n]), *differences[n]
+            )
             for n, c in enumerate(contenders)
         ),
         tuple(_end_to_end(way, passages) for way, passages in whole.items()),
     )
 
 
-def _end_to_end(way: tuple[Name, bool], passages: Sequence[Passage]) -> EndToEnd:
-    runtime, overlay = way
+def _end_to_end(way: Way, passages: Sequence[Passage]) -> EndToEnd:
     return EndToEnd(
-        runtime=runtime,
-        precision="f32",
-        overlay=overlay,
+        runtime=way.runtime,
+        precision=way.precision,
+        overlay=way.overlay,
         images=passages[0].images,
         images_per_s=_median([p.images / p.seconds for p in passages]),
         start_s=_median([p.start_s for p in passages]),
@@ -226,10 +228,18 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Contender:
+    """A way of passing films through the network.
+
+    Attributes:
+        scoring: the daemon can be told to run it.
+    """
+
     runtime: Name
+    precision: Precision
     mode: str
     device: str
     infer: Callable[[NDArray[np.uint8]], Inference]
+    scoring: bool = True
 
 
 class _Eager:
@@ -254,18 +264,30 @@ def _contenders(say: Say) -> list[_Contender]:
     for device in dict.fromkeys(("cpu", find_device("auto"))):
         network, card = load_bundled(_WEIGHTS_OF)
         eager = _Eager(network, card.preprocessing, device)
-        found.append(_Contender("torch", "eager", device, eager.infer))
+        found.append(_Contender("torch", "f32", "eager", device, eager.infer, scoring=False))
         network, card = load_bundled(_WEIGHTS_OF)
         runtime = TorchRuntime(network, card.preprocessing, device)
-        found.append(_Contender("torch", _SCORING_MODE["torch"], device, _whole(runtime)))
-    network, card = load_bundled(_WEIGHTS_OF)
+        mode = _SCORING_MODE["torch"]
+        found.append(_Contender("torch", "f32", mode, device, _whole(runtime)))
+    return [*found, *_on_openvino(say)]
+
+
+def _on_openvino(say: Say) -> Iterator[_Contender]:
+    """Yield f32 and int8 where OpenVINO is installed; int8 even where it is refused."""
     try:
-        openvino = load(network, card.preprocessing, runtime="openvino")
-    except Misconfigured as exc:
-        say(str(exc))
-        return found
-    mode = _SCORING_MODE["openvino"]
-    return [*found, _Contender("openvino", mode, openvino.device, _whole(openvino))]
+        from mura_batch.runtime.compiled import compiled, refusal  # noqa: PLC0415 - an extra
+    except ImportError:
+        say("OpenVINO is not installed: pip install 'mura-batch[openvino]'")
+        return
+    network, card = load_bundled(_WEIGHTS_OF)
+    if not isinstance(network, EvidenceNet):
+        return
+    form, spec, mode = bundled_int8_form(_WEIGHTS_OF), card.preprocessing, _SCORING_MODE["openvino"]
+    exact, quick = compiled(network, spec), compiled(network, spec, form.ranges)
+    yield _Contender("openvino", "f32", mode, exact.device, _whole(exact))
+    if why := form.refusal or refusal(quick, exact, spec):
+        say(f"the daemon runs these weights in f32: int8 is refused ({why})")
+    yield _Contender("openvino", "int8", mode, quick.device, _whole(quick), scoring=not why)
 
 
 def _whole(runtime: Runtime) -> Callable[[NDArray[np.uint8]], Inference]:
@@ -319,7 +341,19 @@ class Passage:
     start_s: float
 
 
-def run_through(films: Path, runtime: Name, *, overlay: bool) -> Passage:
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the daemon is told to score."""
+
+    runtime: Name
+    precision: Precision
+    overlay: bool
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.precision}, {'' if self.overlay else 'no '}overlays"
+
+
+def run_through(films: Path, way: Way) -> Passage:
     """Send the studies in ``films`` through a warm daemon in a new home beside that folder.
 
     The files in ``films`` stay as they are, and the home stays too: some file systems are slower
@@ -329,7 +363,13 @@ def run_through(films: Path, runtime: Name, *, overlay: bool) -> Passage:
         MuraError: a study was not scored, or the daemon stopped working.
     """
     home = Path(tempfile.mkdtemp(prefix="home-", dir=films.parent))
-    settings = Settings(home=home, runtime=runtime, overlays=overlay, settle_seconds=0.5)
+    settings = Settings(
+        home=home,
+        runtime=way.runtime,
+        precision="auto" if way.precision == "int8" else "f32",
+        overlays=way.overlay,
+        settle_seconds=0.5,
+    )
     _make_home(settings)
     warm, bulk = settings.inbox_dir / "warm", settings.home / "bulk"
     warm.mkdir()

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _RECORD = 16  # claims recorded together at most
 _TAKE = 256  # studies taken from the ledger at once
 _IDLE_SHARE = 50  # an idle inbox is scanned for at most 1/50 of the time
+_ONCE_SECONDS = 0.1  # between two scans of `watch --once`
 _LONGEST_WAIT = 60.0  # seconds between full scans, whatever they cost
 _WORD_SECONDS = 5.0  # between two words for `status`
 _GATHER_SECONDS = 0.05  # how long claims may gather while studies keep coming
@@ -136,7 +137,7 @@ class Daemon:
         self, inbox: Inbox, store: Store, custody: Custody, pipeline: Pipeline, *, once: bool
     ) -> None:
         """Scan, claim and wait until told to stop (the main thread)."""
-        ready = False
+        ready = settling = False
         while not self._stopping:
             claimed = self._scan(inbox, custody, pipeline)
             if not ready:
@@ -144,12 +145,17 @@ class Daemon:
                 ready = True
             self._notify(ALIVE)
             self._say(inbox)
+            if inbox.waiting and not settling:
+                pipeline.expect()
+            settling = inbox.waiting > 0
             idle = not (claimed or inbox.waiting or self._unrecorded)
             if once and idle and pipeline.idle and not store.busy(datetime.now(UTC)):
                 return
             pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
             if inbox.waiting or once:
                 pause = min(pause, self._settings.settle_seconds / 2)
+            if once:  # what ends the last study does not wake this thread
+                pause = min(pause, max(_ONCE_SECONDS, inbox.last_scan_seconds))
             if self._wakeup is not None:
                 self._wakeup.wait(min(pause, _LONGEST_WAIT))
         log.info("stopping: what is under way is finished first")

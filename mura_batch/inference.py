@@ -123,4 +123,4 @@ def load_model(
         network = store.load(card)
     else:
         network, card = load_bundled(area)
-    return Model(card, load(network, card.preprocessing, runtime=runtime, device=device))
+    return Model(card, load(lambda: network, card.preprocessing, runtime=runtime, device=device))

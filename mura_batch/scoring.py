@@ -14,10 +14,11 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self
 
@@ -25,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mura_batch.config import Settings
-from mura_batch.errors import Misconfigured, MuraError, Rejected, Transient
+from mura_batch.errors import Misconfigured, MuraError, Rejected, Transient, WeightsRefused
 from mura_batch.network_input import Luminance
+from mura_batch.runtime import words
 
 if TYPE_CHECKING:
     from mura_batch.runtime import Inference, Runtime
@@ -42,7 +44,7 @@ class ViewScore:
     Attributes:
         logit: raw output; its sigmoid is the probability of the target in this view.
         map: float32 (h, w), signed evidence in logit units (see :mod:`mura_batch.network`).
-        runtime: what computed it, such as ``torch cpu``.
+        runtime: what computed it, such as ``torch f32 cpu``.
     """
 
     logit: float
@@ -69,11 +71,19 @@ def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
     _check(settings)
 
     def ready(card: Card) -> Runtime:
-        from mura_batch.runtime import load  # noqa: PLC0415 - torch only where networks run
+        from mura_batch.runtime import load  # noqa: PLC0415 - seconds, only where networks run
+        from mura_batch.weights import network_in  # noqa: PLC0415 - likewise
 
-        network = weights.load(card)
-        spec, device = card.preprocessing, settings.device
-        runtime = load(network, spec, runtime=settings.runtime, device=device)
+        tensors = weights.tensors(card)
+        runtime = load(
+            partial(network_in, tensors, card),
+            card.preprocessing,
+            runtime=settings.runtime,
+            device=settings.device,
+            ranges=_ranges(weights, card) if settings.precision == "auto" else {},
+            kept=settings.home / "compiled" / card.short,
+        )
+        log.info("network ready", extra={"weights": card.short, "runtime": words(runtime)})
         _settle_garbage()
         return runtime
 
@@ -83,6 +93,16 @@ def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
         batch_seconds=settings.batch_seconds,
         cache_bytes=settings.cache_mb << 20,
     )
+
+
+def _ranges(weights: WeightsStore, card: Card) -> Mapping[str, float]:
+    """Return with what these weights may run in int8; nothing where they may not."""
+    try:
+        form = weights.int8_form(card)
+    except WeightsRefused as exc:
+        log.warning("weights run in f32", extra={"weights": card.short, "why": str(exc)})
+        return {}
+    return form.ranges if form and not form.refusal else {}
 
 
 def _settle_garbage() -> None:
@@ -120,7 +140,7 @@ class _Pass:
     """A forward pass that was started.
 
     Attributes:
-        runtime: what computes it, such as ``torch cpu``.
+        runtime: what computes it, such as ``torch f32 cpu``.
         parts: what it gives, in the order of ``views``.
         scored: how many views have their score.
     """
@@ -166,6 +186,7 @@ class Scorer:
         self._cache_bytes = cache_bytes
         self._warm: OrderedDict[str, Runtime] = OrderedDict()
         self._lanes: dict[str, _Lane] = {}
+        self._expected: dict[str, Card] = {}
         self._feeding = 0
         self._closing = False
         self._changed = threading.Condition()
@@ -205,6 +226,13 @@ class Scorer:
             with self._changed:
                 self._feeding += 1
 
+    def expect(self, card: Card) -> None:
+        """Say that views for this card may come soon: its network is loaded while nothing waits."""
+        with self._changed:
+            if card.sha256 not in self._warm:
+                self._expected[card.sha256] = card
+                self._changed.notify_all()
+
     def announce(self, card: Card) -> None:
         """Say that a view for this card will be submitted, or withdrawn if it can't be read."""
         with self._changed:
@@ -240,13 +268,27 @@ class Scorer:
                 while (lane := self._next(under_way)) is None and not under_way:
                     if self._closing and not any(x.waiting for x in self._lanes.values()):
                         return
+                    if self._expected:
+                        break
                     self._changed.wait(self._until_due())
+                soon = self._expected.popitem()[1] if not (lane or under_way) else None
                 size = min(self._batch, len(lane.waiting)) if lane else 0
                 views = [lane.waiting.popleft() for _ in range(size)] if lane else []
+            if soon:
+                self._prepare(soon)
             if lane and (started := self._started(lane.card, views)):
                 under_way.append(started)
             if under_way and not self._take(under_way[0]):
                 under_way.popleft()
+
+    def _prepare(self, card: Card) -> None:
+        """Load a network that may be needed, if it is no other's turn to go for it."""
+        room = self._cache_bytes - sum(runtime.nbytes for runtime in self._warm.values())
+        if all(room > runtime.nbytes for runtime in self._warm.values()):
+            try:
+                self._runtime(card)
+            except Exception as exc:  # noqa: BLE001 - whoever needs it is told
+                log.debug("network not loaded", extra={"weights": card.short, "why": str(exc)})
 
     def _next(self, under_way: Sequence[_Pass]) -> _Lane | None:
         """Return the lane that a pass should start for now; a second one only for the same
@@ -290,7 +332,7 @@ class Scorer:
                 view.score.set_exception(lost)
             return None
         self.forward_calls += 1
-        started = _Pass(card, f"{runtime.name} {runtime.device}", views)
+        started = _Pass(card, words(runtime), views)
         try:
             started.parts = runtime.infer(np.stack([view.pixels for view in views]))
         except Exception as exc:  # noqa: BLE001 - likewise

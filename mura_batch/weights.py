@@ -3,6 +3,7 @@
 A folder of weights looks so, and every file in it is written whole:
 
     files/<sha256>.safetensors      tensors, shared by all areas that use them
+    files/<sha256>.int8.json        how they run in int8, where that was measured
     XR_WRIST/<sha256[:12]>.json     the card of these tensors for this area
     XR_WRIST/active.json            which card is in use, and which were before it
 
@@ -31,6 +32,7 @@ from mura_batch.weights_card import (
     ARCHITECTURE,
     Calibration,
     Card,
+    Int8Form,
     Metric,
     OperatingPoint,
     Origin,
@@ -47,6 +49,7 @@ __all__ = [
     "ARCHITECTURE",
     "Calibration",
     "Card",
+    "Int8Form",
     "Metric",
     "OperatingPoint",
     "Origin",
@@ -63,6 +66,7 @@ __all__ = [
 
 BUNDLED = Path(__file__).parent / "bundled"
 _BUNDLED_FILE = BUNDLED / "generalist.safetensors"
+_BUNDLED_FORM = BUNDLED / "generalist.int8.json"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAMES = {
     "densenet121": "DenseNet-121",
@@ -102,9 +106,15 @@ def read_network(file: Path, card: Card) -> Network:
         WeightsRefused: the file is missing, is not the one that ``card`` describes (sha256), or
             its tensors are not those of the network.
     """
-    from safetensors import SafetensorError  # noqa: PLC0415 - listing weights stays quick
-    from safetensors.torch import load  # noqa: PLC0415 - imports torch
+    return network_in(read_tensors(file, card), card)
 
+
+def read_tensors(file: Path, card: Card) -> bytes:
+    """Return the content of a safetensors file.
+
+    Raises:
+        WeightsRefused: the file is missing, or is not the one that ``card`` describes (sha256).
+    """
     try:
         content = file.read_bytes()
     except OSError as exc:
@@ -118,10 +128,22 @@ def read_network(file: Path, card: Card) -> Network:
             " run `mura-batch models verify`, then fetch or import these weights again,"
             f" or go back with `mura-batch models rollback {card.area}`"
         )
+    return content
+
+
+def network_in(tensors: bytes, card: Card) -> Network:
+    """Return the float32 network that a safetensors file holds, in evaluation mode, on the CPU.
+
+    Raises:
+        WeightsRefused: its tensors are not those of the network.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415 - listing weights stays quick
+    from safetensors.torch import load  # noqa: PLC0415 - imports torch
+
     try:
-        return fitted(load(content), card.architecture)
+        return fitted(load(tensors), card.architecture)
     except SafetensorError as exc:
-        raise WeightsRefused(f"{file} is not a safetensors file: {exc}") from exc
+        raise WeightsRefused(f"{card.area} {card.short}: not a safetensors file: {exc}") from exc
 
 
 def fitted(state: Mapping[str, Tensor], architecture: str = ARCHITECTURE) -> Network:
@@ -176,6 +198,32 @@ def _refuse(architecture: str, what: str, names: Iterable[str]) -> None:
         f"not a {_NAMES[architecture]} with one logit: tensors {what}: {shown}{rest};"
         " give a checkpoint of that network"
     )
+
+
+def read_int8_form(file: Path, card: Card) -> Int8Form:
+    """Read how weights run in int8.
+
+    Raises:
+        WeightsRefused: it is missing, cannot be read, or is that of other weights than the card's.
+    """
+    try:
+        form = Int8Form.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise WeightsRefused(f"{file} cannot be read: {exc}") from exc
+    except WeightsRefused as exc:
+        raise WeightsRefused(f"{file}: {exc}") from exc
+    if form.sha256 != card.sha256:
+        raise WeightsRefused(f"{file} is the int8 form of {form.sha256[:12]}, not of {card.short}")
+    return form
+
+
+def bundled_int8_form(area: Area) -> Int8Form:
+    """Return how the weights that come with the package run in int8.
+
+    Raises:
+        WeightsRefused: the installed package is damaged.
+    """
+    return read_int8_form(_BUNDLED_FORM, bundled_card(area))
 
 
 def bundled_card(area: Area) -> Card:
@@ -347,6 +395,8 @@ class WeightsStore:
             ]
             for area in used:
                 self._add(_BUNDLED_FILE, bundled[area])
+                if not self._int8_file(bundled[area]).exists():
+                    self._write_form(bundled_int8_form(area), bundled[area])
             for area in fresh:
                 self._activate(bundled[area])
             return fresh
@@ -358,6 +408,35 @@ class WeightsStore:
             WeightsRefused: the file is missing, changed or does not fit the network.
         """
         return read_network(self.file(card), card)
+
+    def tensors(self, card: Card) -> bytes:
+        """Return the content of the weights file of ``card``, checked.
+
+        Raises:
+            WeightsRefused: the file is missing or changed.
+        """
+        return read_tensors(self.file(card), card)
+
+    def int8_form(self, card: Card) -> Int8Form | None:
+        """Return how these weights run in int8, or None where nobody has measured it.
+
+        Raises:
+            WeightsRefused: it cannot be read, or is that of other weights.
+        """
+        file = self._int8_file(card)
+        return read_int8_form(file, card) if file.exists() else None
+
+    def add_int8_form(self, form: Int8Form, card: Card) -> None:
+        """Keep how these weights run in int8, instead of what was measured before."""
+        with self._changing():
+            self._write_form(form, card)
+
+    def _write_form(self, form: Int8Form, card: Card) -> None:
+        content = form.to_json().encode()
+        write_atomic(self._int8_file(card), lambda stream: stream.write(content))
+
+    def _int8_file(self, card: Card) -> Path:
+        return self.file(card).with_suffix(".int8.json")
 
     def verify(self) -> list[str]:
         """Return what is wrong in the folder, a sentence each; an empty list is a clean bill."""
@@ -377,6 +456,10 @@ class WeightsStore:
                     harm[target] = _harm(target, card.sha256)
                 if harm[target]:
                     problems.append(f"{area} {card.short}: {target} {harm[target]}")
+                try:
+                    self.int8_form(card)
+                except WeightsRefused as exc:
+                    problems.append(f"{area} {card.short}: {exc}: measure it again, or delete it")
             problems += self._active_problems(area)
         return problems
 

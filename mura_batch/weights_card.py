@@ -29,6 +29,11 @@ _DECIDING = (
     "calibration",
 )
 _FORMAT = 1  # of the JSON; another number is another program's card
+_INT8_FORMAT = 1
+_MOST_FLIPPED = 0.01  # share of decisions that int8 makes otherwise than f32
+_MOST_DIFFERENT = 0.01  # mean absolute difference of a study's probability
+_MOST_AUC_LOST = 0.005
+_ACTIVATION = (1e-9, 1e6)  # the largest one of a layer in a network that works
 _SIZES = (32, 4096)  # pixels of the network's input that DenseNet-121 and a machine can bear
 
 
@@ -175,6 +180,84 @@ class Card:
         if "balanced" not in names or len(set(names)) < len(names):
             raise WeightsRefused("card: operating_points need one balanced, and no name twice")
         return card
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Form:
+    """How weights run in int8, and how the result compares with f32 on studies held out of it.
+
+    The weights themselves are rounded from the f32 ones where the network is compiled.
+
+    Attributes:
+        sha256: the digest of the weights.
+        ranges: the largest input of each convolution that runs in int8, by its name.
+        flipped: share of (study, operating point) pairs that are decided otherwise.
+        different: mean absolute difference of the studies' probabilities.
+        auc_lost: study AUC of f32 less that of int8; None where no labels exist.
+        studies: that these figures are of.
+        on: what ranges and figures were measured on, in words.
+    """
+
+    sha256: str
+    ranges: Mapping[str, float] = field(hash=False)
+    flipped: float
+    different: float
+    auc_lost: float | None
+    studies: int
+    on: str
+
+    @property
+    def refusal(self) -> str:
+        """Why these weights run in f32; empty where int8 is as good."""
+        if self.flipped > _MOST_FLIPPED:
+            return f"{self.flipped:.1%} of the decisions flip, more than {_MOST_FLIPPED:.0%}"
+        if self.different >= _MOST_DIFFERENT:
+            return f"probabilities differ by {self.different:.3f}, not less than {_MOST_DIFFERENT}"
+        if self.auc_lost is not None and self.auc_lost >= _MOST_AUC_LOST:
+            return f"the AUC falls by {self.auc_lost:.4f}, not less than {_MOST_AUC_LOST}"
+        return ""
+
+    def words(self) -> str:
+        """Return the verdict and its figures in one line."""
+        auc = "" if self.auc_lost is None else f", AUC {-self.auc_lost:+.4f}"
+        verdict = f"int8 refused: {self.refusal}" if self.refusal else "int8 accepted"
+        return (
+            f"{verdict} ({self.flipped:.1%} of the decisions flip, probabilities differ by"
+            f" {self.different:.4f} in the mean{auc}; {self.studies} studies; {self.on})"
+        )
+
+    def to_json(self) -> str:
+        """Return it as JSON text, ASCII, with a newline at its end."""
+        return json.dumps({"format": _INT8_FORMAT, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Int8Form:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            WeightsRefused: says which member is missing, unknown or out of its range.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as exc:
+            raise WeightsRefused(f"the int8 form is not JSON: {exc}") from exc
+        members = _Members(data, "int8 form")
+        if members.take("format") != _INT8_FORMAT:
+            raise WeightsRefused(
+                f"the int8 form is not of format {_INT8_FORMAT}: update mura-batch"
+            )
+        ranges = members.child("ranges")
+        form = cls(
+            sha256=members.digest("sha256"),
+            ranges={name: ranges.number(name, *_ACTIVATION) for name in ranges.names()},
+            flipped=members.number("flipped", 0, 1),
+            different=members.number("different", 0, 1),
+            auc_lost=members.number_or_none("auc_lost", -1, 1),
+            studies=int(members.number("studies", 1)),
+            on=members.text("on"),
+        )
+        members.finish()
+        return form
 
 
 class _Members:

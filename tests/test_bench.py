@@ -8,7 +8,16 @@ import pydicom
 import pytest
 
 from mura_batch import bench
-from mura_batch.bench import EndToEnd, ModelOnly, Plan, Report, measure, run_through, sample_films
+from mura_batch.bench import (
+    EndToEnd,
+    ModelOnly,
+    Plan,
+    Report,
+    Way,
+    measure,
+    run_through,
+    sample_films,
+)
 from mura_batch.errors import MuraError
 from mura_batch.radiograph import read_luminance
 
@@ -58,19 +67,28 @@ def test_the_report_is_the_documented_json(report: Report) -> None:
 
 
 def test_every_runtime_is_measured_and_agrees_with_torch_eager(report: Report) -> None:
-    measured = {(m.runtime, m.mode): m for m in report.model_only if m.device == "cpu"}
-    assert {("torch", "eager"), ("torch", "channels_last"), ("openvino", "async")} <= set(measured)
-    eager = measured["torch", "eager"]
+    measured = {(m.runtime, m.precision, m.mode): m for m in report.model_only if m.device == "cpu"}
+    int8 = measured.pop(("openvino", "int8", "async"))
+    assert set(measured) == {
+        ("torch", "f32", "eager"),
+        ("torch", "f32", "channels_last"),
+        ("openvino", "f32", "async"),
+    }
+    eager = measured["torch", "f32", "eager"]
     assert eager.max_logit_diff == eager.max_map_diff == 0
     for entry in measured.values():
         assert entry.images_per_s > 0
         assert entry.max_logit_diff < 1e-4
         assert entry.max_map_diff < 1e-4
+    assert 1e-3 < int8.max_logit_diff < 0.5
+    assert 1e-4 < int8.max_map_diff < 0.05
 
 
 def test_each_runtime_goes_the_whole_way_with_and_without_overlays(report: Report) -> None:
-    ways = {(e.runtime, e.overlay) for e in report.end_to_end}
-    assert ways == {(r, o) for r in ("torch", "openvino") for o in (True, False)}
+    ways = {(e.runtime, e.precision, e.overlay) for e in report.end_to_end}
+    f32 = {(r, "f32", o) for r in ("torch", "openvino") for o in (True, False)}
+    assert ways - f32 in (set(), {("openvino", "int8", o) for o in (True, False)})
+    assert f32 <= ways
     for entry in report.end_to_end:
         assert entry.images == 9
         assert entry.images_per_s > 0
@@ -94,5 +112,5 @@ def test_a_film_that_cannot_be_scored_gives_an_error_and_no_number(
     films.mkdir()
     (films / "hand.png").write_text("no image")
     with pytest.raises(MuraError, match="stands still"):
-        run_through(films, "torch", overlay=False)
+        run_through(films, Way("torch", "f32", overlay=False))
     assert [file.read_text() for file in films.iterdir()] == ["no image"]  # as it was

@@ -99,7 +99,7 @@ def test_what_does_not_fit_a_hybrid_is_refused(network: HybridNet, tmp_path: Pat
     save_file({n: t for n, t in network.state_dict().items() if t.is_floating_point()}, file)
     card = replace(bundled_card(Area.XR_HAND), sha256=sha256_of(file), architecture=HYBRID)
     with pytest.raises(Misconfigured, match="set `runtime` to auto or torch"):
-        load(read_network(file, card), card.preprocessing, runtime="openvino")
+        load(lambda: read_network(file, card), card.preprocessing, runtime="openvino")
     with pytest.raises(WeightsRefused, match="not a DenseNet-121 with one logit"):
         read_network(file, replace(card, architecture="densenet121"))
     file.with_suffix(".json").write_text(card.to_json())

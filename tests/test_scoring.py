@@ -25,6 +25,7 @@ class Watched:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.name, self.device, self.nbytes = runtime.name, runtime.device, runtime.nbytes
+        self.precision = runtime.precision
         self.batches: list[int] = []
         self.poison = -1
         self.most = 1000
@@ -53,7 +54,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def real() -> tuple[Runtime, Card]:
     network, card = load_bundled(Area.XR_HAND)
-    return load(network, card.preprocessing, runtime="torch", device="cpu"), card
+    return load(lambda: network, card.preprocessing, runtime="torch", device="cpu"), card
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ def test_weights_that_give_no_number_are_neither_kept_nor_measured(
     assert not (tmp_path / "run/network.pt").exists()
     network = EvidenceNet()
     network.classifier.bias.data.fill_(torch.nan)
-    runtime = load(network, QUICK.preprocessing, runtime="torch", device="cpu")
+    runtime = load(lambda: network, QUICK.preprocessing, runtime="torch", device="cpu")
     with pytest.raises(Misconfigured, match=r"labels\.csv:\d+: .*these weights say nan"):
         score_films(runtime, data.films[:2], QUICK.preprocessing)
 

@@ -287,7 +287,7 @@ def load_run(run: Path, device: str = "cpu") -> Runtime:
     """
     settings = read_settings(run / "run.json")
     network = fitted(made_by(run), settings.architecture)
-    return load(network, settings.preprocessing, device=device)
+    return load(lambda: network, settings.preprocessing, device=device)
 
 
 def _fold(name: str, run: Path) -> Fold:

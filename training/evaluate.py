@@ -111,7 +111,7 @@ def evaluate_areas(
         check_readable(of_area[area], card.preprocessing)
     scores: dict[str, list[FilmScore]] = {}
     for area, (network, card) in weights.items():
-        runtime = load(network, card.preprocessing)
+        runtime = load(lambda it=network: it, card.preprocessing)  # type: ignore[misc]
         scores[area] = score_films(runtime, of_area[area], card.preprocessing)
     groups = dict(scores)
     if len(scores) > 1 and len({_same(card) for card in cards.values()}) == 1:

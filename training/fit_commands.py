@@ -294,9 +294,9 @@ def search_command(
 ) -> None:
     """Look for better settings by cross-validation of the films that are not held out.
 
-    Rates, weight decay, augmentation, imbalance, epochs of the head alone, frozen blocks, input size
-    and padding; the first trial is what the options say. `fit --settings RUN/best.json` takes the best. A search that
-    was cut off goes on.
+    Rates, weight decay, augmentation, imbalance, epochs of the head alone, frozen blocks, input
+    size and padding; the first trial is what the options say. `fit --settings RUN/best.json` takes
+    the best. A search that was cut off goes on.
 
     \b
     python -m training search MURA-v1.1 runs/wrist-search --area XR_WRIST --held-out valid

@@ -31,6 +31,7 @@ from training.fit import fit
 from training.folds import fold_numbers
 from training.metrics import Cases, Estimate, auc_of, difference, roc_auc
 from training.publish import Measured, Origins, card_for, write_weights
+from training.quantize import Sample, quantize
 from training.run_folder import data_digest, write_json
 from training.search import search
 from training.settings import FitSettings, Stage, two_phases
@@ -70,6 +71,7 @@ class Retrained:
         gain: how much higher the new AUC is than theirs on the same studies.
         good: it is not worse than theirs, or there were none.
         activated: the new weights are in use.
+        int8: how they run in int8, in words, or why that was not measured.
         run: the folder of all that was made on the way.
     """
 
@@ -80,6 +82,7 @@ class Retrained:
     gain: Estimate | None
     good: bool
     activated: bool
+    int8: str
     run: Path
 
 
@@ -139,13 +142,14 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
         ),
     )
     card = store.add(file, card)
+    int8 = _int8(store, card, data)
     _tidy(run)
     good = gain is None or not_worse(gain)
     activated = plan.activate and (good or bool(plan.force))
     if activated:
         store.activate(area, card.sha256, "" if good else plan.force)
     on = f"{len(cases.labels)} studies, {int(cases.labels.sum())} positive, kept aside"
-    return Retrained(card, auc_of(cases), on, before, gain, good, activated, run)
+    return Retrained(card, auc_of(cases), on, before, gain, good, activated, int8, run)
 
 
 def divided(data: Dataset, file: Path) -> tuple[Dataset, list[str]]:
@@ -209,6 +213,16 @@ def _read(file: Path) -> dict[str, bool]:
         ) from exc
 
 
+def _int8(store: WeightsStore, card: Card, data: Dataset) -> str:
+    """Measure the new weights in int8, so that they run as fast as others did."""
+    try:
+        form = quantize(store, card, Sample(data.films, labelled=True, name="the same data"))
+    except Misconfigured as exc:
+        return f"int8 not measured, so they run in f32: {exc}"
+    store.add_int8_form(form, card)
+    return form.words()
+
+
 def _tidy(run: Path) -> None:
     """Remove what only a run that goes on needs: films of patients, and hundreds of megabytes."""
     for folder in (run / "films", run / "search/films"):
@@ -225,7 +239,7 @@ def _gain(
     new: Cases, store: WeightsStore, before: Card, films: list[Film], device: str
 ) -> Estimate:
     """Return the paired difference of the study AUCs of the new weights and those in use."""
-    runtime = load(store.load(before), before.preprocessing, device=device)
+    runtime = load(lambda: store.load(before), before.preprocessing, device=device)
     old = _cases(score_films(runtime, films, before.preprocessing))
     return difference(new, old, roc_auc)
 

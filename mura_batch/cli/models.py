@@ -84,6 +84,8 @@ def models_show(ctx: click.Context, area: str, weights: str | None) -> None:
     store = _store(ctx)
     card = store.find(Area(area), weights) if weights else store.require(Area(area))
     click.echo(card.to_json(), nl=False)
+    form = store.int8_form(card)
+    click.echo(form.words() if form else "int8: not measured", err=True)
     if reason := store.reason(card):
         click.echo(f"put in use although it may be worse: {reason}", err=True)
 
@@ -177,6 +179,41 @@ def models_import(
     if activate or store.active(card.area) is None:
         store.activate(card.area, card.sha256)
     click.echo(f"{card.area}: {card.short}")
+
+
+@models.command("quantize")
+@click.argument("area", type=AREA)
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--weights", help="Digest, or its beginning  [default: the active ones]")
+@click.option(
+    "--labels",
+    type=click.Path(exists=True, path_type=Path),
+    help="CSV of labels of a folder of DICOM files.",
+)
+@click.pass_context
+def models_quantize(
+    ctx: click.Context, area: str, path: Path, weights: str | None, labels: Path | None
+) -> None:
+    """Measure how an area's weights run in int8, on the films of PATH, and keep that.
+
+    PATH is a folder of films, whatever it holds, or labelled films as `retrain --data` takes them.
+    Some give the ranges of int8's steps; on other studies at most 1 % of the decisions may flip,
+    probabilities may differ by 0.01 in the mean and, with labels, the AUC may fall by 0.005. Else
+    the weights stay f32. 1 where they do.
+
+    \b
+    mura-batch models quantize XR_WRIST archive
+    mura-batch models quantize XR_WRIST MURA-v1.1
+    """
+    from training.quantize import quantize, sample_of
+
+    store = _store(ctx)
+    card = store.find(Area(area), weights) if weights else store.require(Area(area))
+    form = quantize(store, card, sample_of(path, labels, Area(area)))
+    store.add_int8_form(form, card)
+    click.echo(f"{area}: {card.short}: {form.words()}")
+    if form.refusal:
+        ctx.exit(cli.FAILED)
 
 
 @models.command("verify")

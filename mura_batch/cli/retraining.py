@@ -96,6 +96,7 @@ def retrain(
     if done.before is not None and done.gain is not None:
         few = "" if done.gain.value is not None else " from so few patients of a label"
         click.echo(f"against {done.before.short}, in use: {done.gain.words('+.3f')}{few}")
+    click.echo(done.int8)
     if done.activated:
         click.echo("in use now; `mura-batch rerun --stale` scores old studies again")
     elif plan.activate:

@@ -1,27 +1,51 @@
-"""The same network on several runtimes; each takes uint8 luminance and normalises by itself."""
+"""The same network on several runtimes; each takes uint8 luminance and normalises by itself.
+
+Torch is imported where it computes and where a graph is built, not to score with a network that
+was compiled before.
+"""
 
 from __future__ import annotations
 
-from mura_batch.errors import Misconfigured
-from mura_batch.network import EvidenceNet, Network
-from mura_batch.preprocessing import Preprocessing
-from mura_batch.runtime.inference import Inference, OutOfMemory, Runtime
-from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-__all__ = ["Inference", "OutOfMemory", "Runtime", "load"]
+from mura_batch.errors import Misconfigured
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.runtime.inference import Inference, OutOfMemory, Runtime, words
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mura_batch.network import Network
+
+__all__ = ["Inference", "OutOfMemory", "Runtime", "load", "words"]
+
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' for WSL, AMD's
 
 
 def load(
-    network: Network, spec: Preprocessing, *, runtime: str = "auto", device: str = "auto"
+    network: Callable[[], Network],
+    spec: Preprocessing,
+    *,
+    runtime: str = "auto",
+    device: str = "auto",
+    ranges: Mapping[str, float] = MappingProxyType({}),
+    kept: Path | None = None,
 ) -> Runtime:
-    """Make ``network`` ready to score; it belongs to the runtime from now on.
+    """Make a network ready to score.
 
     Args:
-        network: with its weights, on the CPU.
+        network: makes it, with its weights, on the CPU; it belongs to the runtime from then on.
         spec: the preprocessing from the weights' card: size, mean, standard deviation.
         runtime: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is
             installed, else torch. The hybrid's map needs gradients, so torch runs it.
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda:N``, ``mps``.
+        ranges: with which OpenVINO may run it in int8, where that is right and faster here; see
+            :func:`mura_batch.runtime.quantization.activation_ranges`.
+        kept: folder of these weights alone where their compiled form waits for the next start.
 
     Raises:
         Misconfigured: an unknown or missing runtime or device, or two that do not go together.
@@ -31,28 +55,49 @@ def load(
         raise Misconfigured(f"runtime {runtime!r}: set `runtime` to auto, torch or openvino")
     if runtime == "openvino" and device == "auto":
         device = "cpu"
-    found = find_device(device)
-    if runtime == "torch" or found != "cpu":
-        if runtime == "openvino":
-            raise Misconfigured(
-                f"the openvino runtime works on the CPU only, not on {found}:"
-                " set `runtime` to auto or torch, or `device` to cpu"
-            )
-        return TorchRuntime(network, spec, found)
-    if not isinstance(network, EvidenceNet):
-        if runtime == "auto":
-            return TorchRuntime(network, spec, found)
+    found = _found(device)
+    if runtime == "openvino" and found != "cpu":
         raise Misconfigured(
-            "the openvino runtime has no gradients, which the map of a hybrid network needs: set"
-            " `runtime` to auto or torch"
+            f"the openvino runtime works on the CPU only, not on {found}:"
+            " set `runtime` to auto or torch, or `device` to cpu"
         )
+    if runtime == "torch" or found != "cpu":
+        return _on_torch(network(), spec, found)
     try:
-        from mura_batch.runtime.openvino_runtime import OpenVinoRuntime  # noqa: PLC0415 - an extra
+        from mura_batch.runtime.compiled import fastest, recalled  # noqa: PLC0415 - an extra
     except ImportError as exc:
         if runtime == "auto":
-            return TorchRuntime(network, spec, found)
+            return _on_torch(network(), spec, found)
         raise Misconfigured(
             "the openvino runtime is not installed: pip install 'mura-batch[openvino]',"
             " or set `runtime` to auto or torch"
         ) from exc
-    return OpenVinoRuntime(network, spec)
+    if kept and (warm := recalled(kept, spec, ranges)):
+        return warm
+    made = network()
+    from mura_batch.network import EvidenceNet  # noqa: PLC0415 - torch, seconds
+
+    if not isinstance(made, EvidenceNet):
+        if runtime == "auto":
+            return _on_torch(made, spec, found)
+        raise Misconfigured(
+            "the openvino runtime has no gradients, which the map of a hybrid network needs: set"
+            " `runtime` to auto or torch"
+        )
+    return fastest(made, spec, ranges, kept)
+
+
+def _found(device: str) -> str:
+    """Return the device for a ``device`` setting; torch is asked only where a GPU may be."""
+    no_gpu = sys.platform != "darwin" and not any(map(os.path.exists, _GPU_DRIVERS))
+    if device == "cpu" or (device == "auto" and no_gpu):
+        return "cpu"
+    from mura_batch.runtime.torch_runtime import find_device  # noqa: PLC0415 - torch, seconds
+
+    return find_device(device)
+
+
+def _on_torch(network: Network, spec: Preprocessing, device: str) -> Runtime:
+    from mura_batch.runtime.torch_runtime import TorchRuntime  # noqa: PLC0415 - torch, seconds
+
+    return TorchRuntime(network, spec, device)

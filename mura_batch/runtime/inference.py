@@ -46,6 +46,7 @@ class Runtime(Protocol):
     Attributes:
         name: ``torch`` or ``openvino``.
         device: ``cpu``, ``cuda:0``, ``mps``.
+        precision: ``f32`` or ``int8``.
         nbytes: memory that it keeps while it is warm, in bytes, estimated.
     """
 
@@ -54,6 +55,9 @@ class Runtime(Protocol):
 
     @property
     def device(self) -> str: ...  # noqa: D102
+
+    @property
+    def precision(self) -> str: ...  # noqa: D102
 
     @property
     def nbytes(self) -> int: ...  # noqa: D102
@@ -92,3 +96,8 @@ def memory_watched(views: int, device: str) -> Iterator[None]:
             f"{device} has too little free memory for {views} views at once: set `batch` lower"
             " or free memory"
         ) from exc
+
+
+def words(runtime: Runtime) -> str:
+    """Return how results name what computed them: ``openvino int8 cpu``."""
+    return f"{runtime.name} {runtime.precision} {runtime.device}"

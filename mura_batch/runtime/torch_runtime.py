@@ -28,6 +28,7 @@ class TorchRuntime:
     """Eager torch in f32: ``channels_last``, inference mode; the network is taken over."""
 
     name: Final = "torch"
+    precision: Final = "f32"
 
     def __init__(self, network: Network, spec: Preprocessing, device: str) -> None:
         self.device: Final = device

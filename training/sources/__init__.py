@@ -29,6 +29,11 @@ def read(data: Path, labels: Path | None = None) -> Dataset:
     return replace(_read(data, labels), source=str(data))
 
 
+def is_known(folder: Path) -> bool:
+    """Whether a folder says by its looks where its labels are."""
+    return any(kind.is_one(folder) for kind in (mura, fracatlas, site))
+
+
 def _read(data: Path, labels: Path | None) -> Dataset:
     if labels is not None:
         return dicom.read(data, labels)

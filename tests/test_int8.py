@@ -1,0 +1,228 @@
+"""Int8: right where it is used, refused where it is not, and compiled once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from site_home import film
+
+from mura_batch.area import Area
+from mura_batch.cli import program
+from mura_batch.errors import WeightsRefused
+from mura_batch.network import EvidenceNet
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.runtime import Inference, Runtime, load, words
+from mura_batch.runtime.compiled import compiled
+from mura_batch.runtime.quantization import activation_ranges
+from mura_batch.weights import Int8Form, WeightsStore, bundled_card, bundled_int8_form, load_bundled
+
+SPEC = Preprocessing(size=96)
+RANGES = bundled_int8_form(Area.XR_HAND).ranges
+
+
+def network() -> EvidenceNet:
+    found = load_bundled(Area.XR_HAND)[0]
+    assert isinstance(found, EvidenceNet)
+    return found
+
+
+def films(count: int, size: int = SPEC.size) -> np.ndarray:
+    random = np.random.default_rng(count)
+    coarse = random.integers(0, 255, (count, size // 8, size // 8), np.uint8)
+    return np.ascontiguousarray(coarse.repeat(8, axis=1).repeat(8, axis=2))
+
+
+def score(runtime: Runtime, pixels: np.ndarray) -> Inference:
+    return Inference.joined(runtime.infer(pixels))
+
+
+# ---- the graph
+
+
+def test_ranges_are_of_what_comes_into_all_convolutions_but_the_first() -> None:
+    some, more = films(2), films(3)
+    ranges = activation_ranges(network(), SPEC, [some])
+    assert len(ranges) == len(RANGES) == 119
+    assert "conv0" not in ranges
+    assert set(ranges) == set(RANGES)
+    wider = activation_ranges(network(), SPEC, [some, more])
+    assert all(wider[name] >= most > 0 for name, most in ranges.items())
+
+
+def test_int8_says_nearly_what_f32_says_and_is_other_arithmetic() -> None:
+    pixels = films(4)
+    ranges = activation_ranges(network(), SPEC, [pixels])
+    exact, quick = (compiled(network(), SPEC, how) for how in ({}, ranges))
+    assert (words(exact), words(quick)) == ("openvino f32 cpu", "openvino int8 cpu")
+    true, found = score(exact, pixels), score(quick, pixels)
+    assert 1e-5 < np.abs(true.logits - found.logits).max() < 0.2
+    assert np.abs(true.maps - found.maps).max() < 0.1
+
+
+def test_channels_that_are_dead_are_no_trouble() -> None:
+    dead = network()
+    with torch.no_grad():
+        dead.features.denseblock1.denselayer1.conv1.weight[:3] = 0
+        dead.features.denseblock2.denselayer1.conv2.weight.zero_()
+    found = score(compiled(dead, SPEC, RANGES), films(1))
+    assert np.isfinite(found.logits).all()
+
+
+# ---- the choice on this machine
+
+
+def test_auto_takes_int8_where_it_is_right_here_and_faster(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = load(network, Preprocessing(size=320, fit="pad"), device="cpu", ranges=RANGES)
+    refused = [record.why for record in caplog.records if "int8 is not used" in record.message]
+    assert found.precision == ("f32" if refused else "int8")
+
+
+def test_int8_that_is_wrong_on_this_machine_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    clipped = dict.fromkeys(RANGES, 0.01)
+    with caplog.at_level(logging.WARNING):
+        found = load(network, SPEC, device="cpu", ranges=clipped)
+    assert found.precision == "f32"
+    assert any("off in the mean" in getattr(record, "why", "") for record in caplog.records)
+
+
+def test_torch_and_gpus_stay_f32() -> None:
+    assert load(network, SPEC, runtime="torch", device="cpu", ranges=RANGES).precision == "f32"
+
+
+# ---- compiled once
+
+
+def never() -> EvidenceNet:
+    raise AssertionError("the network was built again")
+
+
+def test_a_compiled_network_is_found_again_without_building_it(tmp_path: Path) -> None:
+    here = partial(load, spec=SPEC, device="cpu", kept=tmp_path / "own")
+    first = here(network)
+    again = here(never)
+    pixels = films(3)
+    np.testing.assert_array_equal(score(first, pixels).logits, score(again, pixels).logits)
+    assert (words(again), again.nbytes) == (words(first), first.nbytes)
+    with pytest.raises(AssertionError, match="built again"):
+        load(never, replace(SPEC, size=64), device="cpu", kept=tmp_path / "own")
+    with pytest.raises(AssertionError, match="built again"):
+        load(never, SPEC, device="cpu", kept=tmp_path / "other")
+
+
+@pytest.mark.parametrize("harm", [b"", b"{}\n", b"\xff\xfe not JSON", None])
+def test_a_damaged_compiled_network_is_made_anew(harm: bytes | None, tmp_path: Path) -> None:
+    here = partial(load, spec=SPEC, device="cpu", kept=tmp_path / "own")
+    true = score(here(network), films(1)).logits
+    (file,) = (tmp_path / "own").iterdir()
+    file.write_bytes(file.read_bytes()[:-9] + b"tampered!" if harm is None else harm)
+    np.testing.assert_array_equal(score(here(network), films(1)).logits, true)
+    here(never)
+
+
+# ---- its record
+
+
+shares = st.floats(0, 1)
+forms = st.builds(
+    Int8Form,
+    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+    ranges=st.dictionaries(st.text(max_size=9), st.floats(1e-9, 1e6)),
+    flipped=shares,
+    different=shares,
+    auc_lost=st.none() | st.floats(-1, 1),
+    studies=st.integers(1, 10**6),
+    on=st.text(max_size=30),
+)
+
+
+@given(forms)
+def test_a_form_is_read_as_it_was_written(form: Int8Form) -> None:
+    assert Int8Form.from_json(form.to_json()) == form
+    good = form.flipped <= 0.01 and form.different < 0.01 and (form.auc_lost or 0) < 0.005
+    assert (form.refusal == "") is good
+    assert ("accepted" in form.words()) is good
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"format": 9}, "update mura-batch"),
+        ({"flipped": 2}, "flipped must be a number from 0 to 1"),
+        ({"ranges": {"conv": 0}}, "conv must be a number"),
+        ({"ranges": []}, "ranges: must be a JSON object"),
+        ({"sha256": "12"}, "sha256"),
+        ({"more": 1}, "unknown more"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused_by_name(change: dict[str, object], told: str) -> None:
+    text = bundled_int8_form(Area.XR_HAND).to_json()
+    with pytest.raises(WeightsRefused, match=told):
+        Int8Form.from_json(json.dumps(json.loads(text) | change))
+
+
+def test_the_bundled_weights_have_an_accepted_form_and_verify_looks_at_it(tmp_path: Path) -> None:
+    store = WeightsStore(tmp_path)
+    store.install_bundled()
+    card = bundled_card(Area.XR_HAND)
+    form = store.int8_form(card)
+    assert form == bundled_int8_form(Area.XR_HAND)
+    assert form is not None
+    assert not form.refusal
+    assert store.verify() == []
+    store.add_int8_form(replace(form, sha256="0" * 64), card)
+    assert "is the int8 form of 000000000000" in store.verify()[0]
+
+
+# ---- measured
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("training.quantize._CALIBRATING", 4)
+    monkeypatch.setattr("training.quantize._FEWEST", 3)
+    WeightsStore(tmp_path / "home/weights").install_bundled()
+    return tmp_path / "home"
+
+
+def quantize(home: Path, path: Path) -> tuple[int, str]:
+    done = CliRunner().invoke(
+        program, ["--home", str(home), "models", "quantize", "XR_HAND", str(path)]
+    )
+    return done.exit_code, done.output
+
+
+def test_a_folder_of_films_gives_ranges_and_a_verdict(home: Path, tmp_path: Path) -> None:
+    for number in range(8):
+        film(tmp_path / f"archive/study{number}/film.png", number)
+    store, card = WeightsStore(home / "weights"), bundled_card(Area.XR_HAND)
+    before = store.int8_form(card)
+    code, told = quantize(home, tmp_path / "archive")
+    after = store.int8_form(card)
+    assert after is not None
+    assert after != before
+    assert after.studies == 4
+    assert after.auc_lost is None
+    assert after.words() in told
+    assert code == (1 if after.refusal else 0)
+    shown = CliRunner().invoke(program, ["--home", str(home), "models", "show", "XR_HAND"])
+    assert after.words() in shown.stderr
+
+
+def test_too_few_films_say_how_many_are_needed(home: Path, tmp_path: Path) -> None:
+    film(tmp_path / "archive/study/film.png", 1)
+    code, told = quantize(home, tmp_path / "archive")
+    assert code == 4
+    assert "1 films of 1 studies" in told
+    assert "3 other studies" in told

@@ -1,0 +1,172 @@
+"""The int8 form of weights: ranges from some films, and what int8 costs on the studies of others.
+
+Post-training quantization with one range for the inputs of each convolution, and a step for each
+of its output channels. NNCF, OpenVINO's tool for it, by default also rounds what is concatenated
+in dense blocks, the first convolution and the classifier: on the bundled weights probabilities
+then differ by 0.08 in the mean. Told to leave these, it finds the ranges that are taken here
+(difference 0.002 both times).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mura_batch.area import Area
+from mura_batch.errors import Misconfigured
+from mura_batch.network import EvidenceNet
+from mura_batch.preprocessing import Preprocessing
+from mura_batch.radiograph import read_film
+from mura_batch.runtime.quantization import activation_ranges
+from mura_batch.weights import Card, Int8Form, WeightsStore
+from training.dataset import Film
+from training.evaluate import FilmScore, by_study, cases_of, score_films
+from training.metrics import roc_auc
+from training.sources import is_known, read
+
+_CALIBRATING = 64  # films
+_CHECKED = 600  # films at most
+_FEWEST = 30  # studies that can tell what int8 costs
+_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Films to measure on.
+
+    Attributes:
+        labelled: their labels are known; else they are all 0 and mean nothing.
+    """
+
+    films: tuple[Film, ...]
+    labelled: bool
+    name: str
+
+
+def sample_of(path: Path, labels: Path | None, area: Area) -> Sample:
+    """Return labelled films as :func:`training.sources.read` finds them, else all files of a
+    folder as films of ``area`` without a label, those of one folder as one study.
+
+    Raises:
+        Misconfigured: they are contradictory, or there are none.
+    """
+    if labels is None and path.is_dir() and not is_known(path):
+        files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+        films = tuple(
+            Film(file, str(file.parent), str(file.parent), area, 0, where=str(file))
+            for file in files
+        )
+        return Sample(films, labelled=False, name=path.name)
+    return Sample(read(path, labels).checked().films, labelled=True, name=path.name)
+
+
+def quantize(store: WeightsStore, card: Card, sample: Sample) -> Int8Form:
+    """Measure the int8 form of stored weights, over all areas that use them.
+
+    Raises:
+        Misconfigured: the films are too few, cannot be read, or OpenVINO is not there or cannot run
+            these weights.
+        WeightsRefused: the weights are damaged.
+    """
+    try:
+        from mura_batch.runtime.compiled import compiled  # noqa: PLC0415 - an extra
+    except ImportError as exc:
+        raise Misconfigured("int8 needs OpenVINO: pip install 'mura-batch[openvino]'.") from exc
+    network, spec = store.load(card), card.preprocessing
+    if not isinstance(network, EvidenceNet):
+        raise Misconfigured("OpenVINO cannot run a hybrid network, so it has no int8 form.")
+    cards = {str(one.area): one for one in store.cards() if one.sha256 == card.sha256}
+    calibrating, checked = _split([film for film in sample.films if film.area in cards])
+    ranges = activation_ranges(network, spec, _batches(calibrating, spec))
+    exact, quick = (
+        _Said.of(score_films(compiled(network, spec, how), checked, spec), cards)
+        for how in ({}, ranges)
+    )
+    known = sample.labelled and len(set(exact.labels.tolist())) > 1
+    return Int8Form(
+        sha256=card.sha256,
+        ranges={name: round(value, 5) for name, value in ranges.items()},
+        flipped=float(np.mean(exact.decisions != quick.decisions)),
+        different=float(np.abs(exact.probabilities - quick.probabilities).mean()),
+        auc_lost=exact.auc() - quick.auc() if known else None,
+        studies=len(exact.labels),
+        on=f"ranges of {len(calibrating)} films of {sample.name}, the figures of others of it",
+    )
+
+
+def _split(films: Sequence[Film]) -> tuple[list[Film], list[Film]]:
+    """Return films to take ranges from, and films of other studies to check them on.
+
+    Raises:
+        Misconfigured: the studies are too few.
+    """
+    studies: defaultdict[str, list[Film]] = defaultdict(list)
+    for film in films:
+        studies[film.study].append(film)
+    calibrating: list[Film] = []
+    checked: list[Film] = []
+    fewest = 0
+    for study in sorted(studies, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if len(calibrating) < _CALIBRATING:
+            calibrating += studies[study]
+        elif len(checked) < _CHECKED:
+            checked += studies[study]
+            fewest += 1
+    if fewest < _FEWEST:
+        raise Misconfigured(
+            f"{len(films)} films of {len(studies)} studies of these weights' areas are too few:"
+            f" {_CALIBRATING} films give the ranges, {_FEWEST} other studies say what int8 costs."
+        )
+    return calibrating, checked
+
+
+def _batches(films: Sequence[Film], spec: Preprocessing) -> Iterator[NDArray[np.uint8]]:
+    for start in tqdm(range(0, len(films), _BATCH), desc="ranges", disable=None):
+        some = []
+        for film in films[start : start + _BATCH]:
+            with film.named():
+                some.append(read_film(film.path, film.frame, spec)[1].pixels)
+        yield np.stack(some)
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a form of weights says of studies, each with the card of its area.
+
+    Attributes:
+        decisions: of all studies at all operating points.
+    """
+
+    probabilities: NDArray[np.float64]
+    decisions: NDArray[np.bool_]
+    labels: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, scores: Sequence[FilmScore], cards: Mapping[str, Card]) -> _Said:
+        cases = {
+            area: cases_of(by_study([s for s in scores if s.film.area == area]), card.calibration)
+            for area, card in cards.items()
+            if any(s.film.area == area for s in scores)
+        }
+        return cls(
+            np.concatenate([some.probabilities for some in cases.values()]),
+            np.concatenate(
+                [
+                    some.probabilities >= point.threshold
+                    for area, some in cases.items()
+                    for point in cards[area].operating_points
+                ]
+            ),
+            np.concatenate([some.labels for some in cases.values()]),
+        )
+
+    def auc(self) -> float:
+        """Return the area under the ROC curve of all probabilities."""
+        return float(roc_auc(self.probabilities, self.labels, np.ones((1, len(self.labels))))[0])
