@@ -209,7 +209,8 @@ class Inbox:
         try:
             if entry.is_dir(follow_symlinks=False):
                 return None if name.startswith(".") else relative
-            if self._ignored.match(name):
+            known = previous.get(relative)
+            if known is None and self._ignored.match(name):
                 if name == READY:
                     status = entry.stat(follow_symlinks=False)
                     self._ready[prefix[:-1]] = status.st_mtime_ns if self._seen else math.inf
@@ -220,7 +221,6 @@ class Inbox:
             status = entry.stat(follow_symlinks=False)
         except OSError:  # it vanished since it was listed
             return None
-        known = previous.get(relative)
         if known is None or not known.found.describes(status):
             known = _Known(_found(relative, status))
         self._known[relative] = known

@@ -211,6 +211,13 @@ def moment(stored: str | datetime | None) -> datetime | None:
     return stored.astimezone(UTC)
 
 
+def iso_utc(stored: str | datetime | None) -> str | None:
+    """Return a moment that was read as ISO 8601 in UTC, as ``datetime.isoformat`` writes it."""
+    if isinstance(stored, str):  # as `for_sqlite` wrote it
+        return stored.replace(" ", "T").removesuffix(".000000") + "+00:00"
+    return None if stored is None else stored.astimezone(UTC).isoformat()
+
+
 def json_object(stored: Any) -> dict[str, Any]:
     """Return a JSON object that was read; SQLite gives its text."""
     found: dict[str, Any] = json.loads(stored) if isinstance(stored, str) else stored

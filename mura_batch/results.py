@@ -17,8 +17,10 @@ from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 from mura_batch.area import Area
-from mura_batch.reader import Reader, SqliteReader, clean, json_object, moment, sqlite_path
+from mura_batch.config import NOTICE
+from mura_batch.reader import Reader, SqliteReader, clean, iso_utc, json_object, moment, sqlite_path
 from mura_batch.records import (
+    IMAGE_ONLY_FIELDS,
     STUDY_FIELDS,
     Counts,
     EventRow,
@@ -34,6 +36,7 @@ from mura_batch.records import (
 HEX = re.compile("[0-9a-f]+")  # what ids and digests are written in
 _STUDY_COLUMNS = len(STUDY_FIELDS) - 1  # the notice is no column
 _MOMENTS = tuple(STUDY_FIELDS.index(name) for name in ("received_at", "scored_at"))
+_VIEW = slice(_STUDY_COLUMNS + 1, _STUDY_COLUMNS + 6)  # after the column that rows are sorted by
 _EVENTS = "SELECT at, study_id, what, detail FROM events WHERE study_id = :study ORDER BY id"
 _LABELS = "SELECT study_id, label, area, by, at FROM labels ORDER BY study_id, area"
 
@@ -75,10 +78,7 @@ class Results:
         """Yield one row a study and area, newest arrival first; superseded revisions (with
         ``history``) follow their successors. Streams: the database is read as rows are taken.
         """
-        parts = [_select(_CURRENT, _CURRENT_TABLES, conditions(filters))]
-        if filters.history:
-            parts.append(_select(_SUPERSEDED, _SUPERSEDED_TABLES, _of_superseded(filters)))
-        with closing(self._rows(parts, _ROW_ORDER, filters)) as rows:
+        with closing(self._rows(_study_parts(filters), _ROW_ORDER, filters)) as rows:
             yield from map(_study_row, rows)
 
     def images(self, filters: Filters = Filters()) -> Iterator[ImageRow]:  # noqa: B008 - frozen
@@ -86,10 +86,30 @@ class Results:
 
         An area without a result has a row for each file of its study instead.
         """
-        first = _STUDY_COLUMNS + 1  # after the column that rows are sorted by
         with closing(self._rows(_image_parts(filters), _IMAGE_ORDER, filters)) as rows:
             for row in rows:
-                yield ImageRow(_study_row(row), *row[first : first + 5])
+                yield ImageRow(_study_row(row), *row[_VIEW])
+
+    def values(
+        self,
+        filters: Filters = Filters(),  # noqa: B008 - frozen
+        *,
+        images: bool = False,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of :meth:`query` or :meth:`images` as JSON values, in the order of
+        ``STUDY_FIELDS`` or ``IMAGE_FIELDS``: for many of them, without a record for each.
+        """
+        parts, order = (
+            (_image_parts(filters), _IMAGE_ORDER) if images else (_study_parts(filters), _ROW_ORDER)
+        )
+        with closing(self._rows(parts, order, filters)) as rows:
+            if not images:
+                yield from map(_study_values, rows)
+                return
+            for row in rows:
+                told = dict(zip(STUDY_FIELDS, _study_values(row), strict=True))
+                told |= zip(IMAGE_ONLY_FIELDS, row[_VIEW], strict=True)
+                yield tuple(told.values())
 
     def events(self, study_id: str) -> list[EventRow]:
         """Return what happened to a study, oldest first."""
@@ -287,6 +307,13 @@ def _row_columns(of: str, *, state: str, reason: str, received_at: str) -> tuple
     )
 
 
+def _study_parts(filters: Filters) -> list[str]:
+    parts = [_select(_CURRENT, _CURRENT_TABLES, conditions(filters))]
+    if filters.history:
+        parts.append(_select(_SUPERSEDED, _SUPERSEDED_TABLES, _of_superseded(filters)))
+    return parts
+
+
 def _image_parts(filters: Filters) -> list[str]:
     """Select a row a view of the current rows, and a row a file of those without a result."""
     wanted = _probable("views.probability", filters)
@@ -303,6 +330,17 @@ def _image_parts(filters: Filters) -> list[str]:
         columns = (*_SUPERSEDED, *_OF_VIEW)
         parts.append(_select(columns, _SUPERSEDED_TABLES + _VIEWS, superseded))
     return parts
+
+
+def _study_values(row: Sequence[Any]) -> tuple[Any, ...]:
+    received, scored = _MOMENTS
+    return (
+        *row[:received],
+        iso_utc(row[received]),
+        iso_utc(row[scored]),
+        *row[scored + 1 : _STUDY_COLUMNS],
+        NOTICE,
+    )
 
 
 def _study_row(row: Sequence[Any]) -> StudyRow:

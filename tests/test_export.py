@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import tracemalloc
 
@@ -15,7 +16,7 @@ from ledger import claim, done, finish, folder, new_result, record, sha, waiting
 from mura_batch import database
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured
-from mura_batch.export import _cell, export
+from mura_batch.export import export, write_csv
 from mura_batch.records import (
     IMAGE_FIELDS,
     STUDY_FIELDS,
@@ -116,9 +117,21 @@ def test_spreadsheets_get_no_formulas(stored, tmp_path):
 
 @given(st.text())
 def test_no_text_starts_a_formula(text):
-    cell = _cell(text)
+    stream = io.StringIO(newline="")
+    write_csv([(text, 1.5)], ("source", "logit"), stream)
+    stream.seek(0)
+    _, (cell, _) = csv.reader(stream)
     assert cell[:1] not in {"=", "+", "-", "@", "\t", "\r", "\n"}
     assert cell in {text, "'" + text}
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_values_are_what_the_records_say(stored, images):
+    records = stored.images() if images else stored.query()
+    fields = IMAGE_FIELDS if images else STUDY_FIELDS
+    told = [dict(zip(fields, row, strict=True)) for row in stored.values(images=images)]
+    assert told == [record.to_dict() for record in records]
+    assert len(told) >= 3
 
 
 def test_another_ending_is_refused_and_nothing_written(stored, tmp_path):
@@ -130,8 +143,8 @@ def test_another_ending_is_refused_and_nothing_written(stored, tmp_path):
 class Broken(Results):
     """Gives one row and fails."""
 
-    def query(self, filters=Filters()):  # noqa: B008 - as the real one
-        yield next(super().query(filters))
+    def values(self, filters=Filters(), *, images=False):  # noqa: B008 - as the real one
+        yield next(super().values(filters, images=images))
         raise OSError("the disk is gone")
 
 
@@ -150,16 +163,16 @@ class Many(Results):
 
     count = 0
 
-    def query(self, filters=Filters()):  # noqa: B008 - as the real one
-        (row,) = super().query(filters)
+    def values(self, filters=Filters(), *, images=False):  # noqa: B008 - as the real one
+        (row,) = super().values(filters, images=images)
         return (row for _ in range(self.count))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
 def test_memory_does_not_grow_with_the_rows(stored, tmp_path, monkeypatch, ending):
-    monkeypatch.setattr("mura_batch.export._GROUP", 200)
+    monkeypatch.setattr("mura_batch.export._GROUP", 2000)
     peaks = []
-    for count in (2000, 20_000):  # enough for the collector to have come in both
+    for count in (4000, 40_000):  # enough for the collector to have come in both
         many = Many(stored._reader)
         many.count = count
         tracemalloc.start()

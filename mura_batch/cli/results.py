@@ -19,6 +19,7 @@ from mura_batch.errors import Misconfigured, listed
 
 if TYPE_CHECKING:
     from mura_batch.records import Filters, ImageRow, LabelRow, StudyRow
+    from mura_batch.results import Results
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -151,7 +152,7 @@ def query(
         if as_json:
             _print_json(rows)
         elif as_csv:
-            _print_csv(rows, images=images)
+            _print_csv(results, chosen, images=images)
         else:
             names = _HISTORY_COLUMNS if history else _STUDY_COLUMNS
             if not study_table(rows, _IMAGE_COLUMNS if images else names):
@@ -166,12 +167,12 @@ def _print_json(rows: Iterator[StudyRow] | Iterator[ImageRow]) -> None:
     click.echo("[]" if separator == "[" else "\n]")
 
 
-def _print_csv(rows: Iterator[StudyRow] | Iterator[ImageRow], *, images: bool) -> None:
+def _print_csv(results: Results, chosen: Filters, *, images: bool) -> None:
     from mura_batch.export import write_csv
     from mura_batch.records import IMAGE_FIELDS, STUDY_FIELDS
 
     fields = IMAGE_FIELDS if images else STUDY_FIELDS
-    write_csv((row.to_dict() for row in rows), fields, sys.stdout)
+    write_csv(results.values(chosen, images=images), fields, sys.stdout)
 
 
 def study_table(

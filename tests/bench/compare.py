@@ -4,8 +4,9 @@
 
 Both take the same distinct films in turns. The first ratio is of the work alone (a warm network on
 both sides; mura-batch with its ledger, its archive and its fsyncs), the second of whole processes:
-``mura-batch watch --once`` with imports, the network's load and the settling of the inbox, in a home
-that has scored before (its network is compiled), against ``python peer.py``. Medians over the rounds.
+``mura-batch watch --once`` with imports, the network's load and the settling of the inbox, in a
+home that has scored before (its network is compiled), against ``python peer.py``. Medians over the
+rounds.
 """
 
 from __future__ import annotations
