@@ -137,7 +137,7 @@ class Daemon:
         self, inbox: Inbox, store: Store, custody: Custody, pipeline: Pipeline, *, once: bool
     ) -> None:
         """Scan, claim and wait until told to stop (the main thread)."""
-        ready = settling = False
+        ready = False
         while not self._stopping:
             claimed = self._scan(inbox, custody, pipeline)
             if not ready:
@@ -145,16 +145,13 @@ class Daemon:
                 ready = True
             self._notify(ALIVE)
             self._say(inbox)
-            if inbox.waiting and not settling:
-                pipeline.expect()
-            settling = inbox.waiting > 0
             idle = not (claimed or inbox.waiting or self._unrecorded)
             if once and idle and pipeline.idle and not store.busy(datetime.now(UTC)):
                 return
             pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
             if inbox.waiting or once:
                 pause = min(pause, self._settings.settle_seconds / 2)
-            if once:  # what ends the last study does not wake this thread
+            if once and not inbox.waiting:  # what ends the last study does not wake this thread
                 pause = min(pause, max(_ONCE_SECONDS, inbox.last_scan_seconds))
             if self._wakeup is not None:
                 self._wakeup.wait(min(pause, _LONGEST_WAIT))

@@ -30,7 +30,7 @@ class Demo:
 
 def run_demo(home: Path) -> Demo:
     """Make a home in ``home``, drop the sample studies into its inbox, run the daemon over them."""
-    settings = Settings(home=home, settle_seconds=0.5)
+    settings = Settings(home=home, settle_seconds=0.5, precision="f32")
     for folder in (settings.inbox_dir, settings.overlays_dir):
         folder.mkdir(parents=True, exist_ok=True)
     database.upgrade(settings.database_url)

@@ -80,6 +80,7 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
             database=settings.database_url if request.save else "",
             inbox=Path(os.path.commonpath([_start(path) for path in request.paths])),
             archive="leave",
+            precision=settings.precision if request.save else "f32",  # int8 takes long to prepare
             overlays=request.overlays is not None,
         )
         if not request.save:

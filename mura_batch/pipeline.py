@@ -16,7 +16,6 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
@@ -198,13 +197,6 @@ class Pipeline:
         """Whether no study is in flight."""
         with self._idle:
             return self._in_flight == 0
-
-    def expect(self) -> None:
-        """Say that studies are on their way: the networks in use are loaded while they settle."""
-        for area in Area:
-            with suppress(MuraError):
-                if card := self._weights.active(area):
-                    self._scorer.expect(card)
 
     def drain(self) -> None:
         """Wait until every study that was fed is finished."""

@@ -70,18 +70,22 @@ def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
     """
     _check(settings)
 
+    ranges: dict[str, Mapping[str, float]] = {}  # of each network: the same as long as this runs
+
     def ready(card: Card) -> Runtime:
         from mura_batch.runtime import load  # noqa: PLC0415 - seconds, only where networks run
         from mura_batch.weights import network_in  # noqa: PLC0415 - likewise
 
         tensors = weights.tensors(card)
+        if card.sha256 not in ranges:
+            ranges[card.sha256] = _ranges(weights, card) if settings.precision == "auto" else {}
         runtime = load(
             partial(network_in, tensors, card),
             card.preprocessing,
             runtime=settings.runtime,
             device=settings.device,
-            ranges=_ranges(weights, card) if settings.precision == "auto" else {},
-            kept=settings.home / "compiled" / card.short,
+            ranges=ranges[card.sha256],
+            kept=settings.home / "compiled" / card.sha256,
         )
         log.info("network ready", extra={"weights": card.short, "runtime": words(runtime)})
         _settle_garbage()
@@ -186,7 +190,6 @@ class Scorer:
         self._cache_bytes = cache_bytes
         self._warm: OrderedDict[str, Runtime] = OrderedDict()
         self._lanes: dict[str, _Lane] = {}
-        self._expected: dict[str, Card] = {}
         self._feeding = 0
         self._closing = False
         self._changed = threading.Condition()
@@ -226,13 +229,6 @@ class Scorer:
             with self._changed:
                 self._feeding += 1
 
-    def expect(self, card: Card) -> None:
-        """Say that views for this card may come soon: its network is loaded while nothing waits."""
-        with self._changed:
-            if card.sha256 not in self._warm:
-                self._expected[card.sha256] = card
-                self._changed.notify_all()
-
     def announce(self, card: Card) -> None:
         """Say that a view for this card will be submitted, or withdrawn if it can't be read."""
         with self._changed:
@@ -268,27 +264,13 @@ class Scorer:
                 while (lane := self._next(under_way)) is None and not under_way:
                     if self._closing and not any(x.waiting for x in self._lanes.values()):
                         return
-                    if self._expected:
-                        break
                     self._changed.wait(self._until_due())
-                soon = self._expected.popitem()[1] if not (lane or under_way) else None
                 size = min(self._batch, len(lane.waiting)) if lane else 0
                 views = [lane.waiting.popleft() for _ in range(size)] if lane else []
-            if soon:
-                self._prepare(soon)
             if lane and (started := self._started(lane.card, views)):
                 under_way.append(started)
             if under_way and not self._take(under_way[0]):
                 under_way.popleft()
-
-    def _prepare(self, card: Card) -> None:
-        """Load a network that may be needed, if it is no other's turn to go for it."""
-        room = self._cache_bytes - sum(runtime.nbytes for runtime in self._warm.values())
-        if all(room > runtime.nbytes for runtime in self._warm.values()):
-            try:
-                self._runtime(card)
-            except Exception as exc:  # noqa: BLE001 - whoever needs it is told
-                log.debug("network not loaded", extra={"weights": card.short, "why": str(exc)})
 
     def _next(self, under_way: Sequence[_Pass]) -> _Lane | None:
         """Return the lane that a pass should start for now; a second one only for the same

@@ -3,7 +3,7 @@
 A folder of weights looks so, and every file in it is written whole:
 
     files/<sha256>.safetensors      tensors, shared by all areas that use them
-    files/<sha256>.int8.json        how they run in int8, where that was measured
+    files/<sha256>.int8.json        how they run in int8, where that was measured here
     XR_WRIST/<sha256[:12]>.json     the card of these tensors for this area
     XR_WRIST/active.json            which card is in use, and which were before it
 
@@ -395,8 +395,6 @@ class WeightsStore:
             ]
             for area in used:
                 self._add(_BUNDLED_FILE, bundled[area])
-                if not self._int8_file(bundled[area]).exists():
-                    self._write_form(bundled_int8_form(area), bundled[area])
             for area in fresh:
                 self._activate(bundled[area])
             return fresh
@@ -424,16 +422,16 @@ class WeightsStore:
             WeightsRefused: it cannot be read, or is that of other weights.
         """
         file = self._int8_file(card)
-        return read_int8_form(file, card) if file.exists() else None
+        if file.exists():
+            return read_int8_form(file, card)
+        own = card.sha256 == bundled_card(card.area).sha256
+        return bundled_int8_form(card.area) if own else None
 
     def add_int8_form(self, form: Int8Form, card: Card) -> None:
         """Keep how these weights run in int8, instead of what was measured before."""
         with self._changing():
-            self._write_form(form, card)
-
-    def _write_form(self, form: Int8Form, card: Card) -> None:
-        content = form.to_json().encode()
-        write_atomic(self._int8_file(card), lambda stream: stream.write(content))
+            content = form.to_json().encode()
+            write_atomic(self._int8_file(card), lambda stream: stream.write(content))
 
     def _int8_file(self, card: Card) -> Path:
         return self.file(card).with_suffix(".int8.json")
@@ -459,9 +457,9 @@ class WeightsStore:
                 try:
                     self.int8_form(card)
                 except WeightsRefused as exc:
-                    problems.append(f"{area} {card.short}: {exc}: measure it again, or delete it")
+                    problems.append(f"{exc}; delete that file, or run `mura-batch models quantize`")
             problems += self._active_problems(area)
-        return problems
+        return list(dict.fromkeys(problems))
 
     def _active_problems(self, area: Area) -> list[str]:
         try:

@@ -209,17 +209,17 @@ class Int8Form:
     @property
     def refusal(self) -> str:
         """Why these weights run in f32; empty where int8 is as good."""
-        if self.flipped > _MOST_FLIPPED:
-            return f"{self.flipped:.1%} of the decisions flip, more than {_MOST_FLIPPED:.0%}"
-        if self.different >= _MOST_DIFFERENT:
-            return f"probabilities differ by {self.different:.3f}, not less than {_MOST_DIFFERENT}"
-        if self.auc_lost is not None and self.auc_lost >= _MOST_AUC_LOST:
+        if not self.flipped <= _MOST_FLIPPED:
+            return f"{self.flipped:.2%} of the decisions flip, more than {_MOST_FLIPPED:.0%}"
+        if not self.different < _MOST_DIFFERENT:
+            return f"probabilities differ by {self.different:.4f}, not less than {_MOST_DIFFERENT}"
+        if self.auc_lost is not None and not self.auc_lost < _MOST_AUC_LOST:
             return f"the AUC falls by {self.auc_lost:.4f}, not less than {_MOST_AUC_LOST}"
         return ""
 
     def words(self) -> str:
         """Return the verdict and its figures in one line."""
-        auc = "" if self.auc_lost is None else f", AUC {-self.auc_lost:+.4f}"
+        auc = ", AUC not known" if self.auc_lost is None else f", AUC {-self.auc_lost:+.4f}"
         verdict = f"int8 refused: {self.refusal}" if self.refusal else "int8 accepted"
         return (
             f"{verdict} ({self.flipped:.1%} of the decisions flip, probabilities differ by"
@@ -257,6 +257,8 @@ class Int8Form:
             on=members.text("on"),
         )
         members.finish()
+        if not form.ranges:
+            raise WeightsRefused("int8 form: ranges of no convolution")
         return form
 
 

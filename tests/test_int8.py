@@ -121,6 +121,27 @@ def test_a_compiled_network_is_found_again_without_building_it(tmp_path: Path) -
         load(never, SPEC, device="cpu", kept=tmp_path / "other")
 
 
+def test_a_compiled_network_of_other_weights_is_not_taken_for_these(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        load(network, SPEC, device="cpu", kept=tmp_path / name)
+    (one,), (other,) = ((tmp_path / name).iterdir() for name in ("one", "other"))
+    one.rename(other.with_name(one.name))
+    other.unlink()
+    with pytest.raises(AssertionError, match="built again"):
+        load(never, SPEC, device="cpu", kept=tmp_path / "other")
+
+
+def test_a_refusal_is_kept_and_told_at_every_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clipped = dict.fromkeys(RANGES, 0.01)
+    for maker in (network, never):
+        caplog.clear()
+        found = load(maker, SPEC, device="cpu", ranges=clipped, kept=tmp_path / "own")
+        assert found.precision == "f32"
+        assert any("off in the mean" in getattr(record, "why", "") for record in caplog.records)
+
+
 @pytest.mark.parametrize("harm", [b"", b"{}\n", b"\xff\xfe not JSON", None])
 def test_a_damaged_compiled_network_is_made_anew(harm: bytes | None, tmp_path: Path) -> None:
     here = partial(load, spec=SPEC, device="cpu", kept=tmp_path / "own")
@@ -138,7 +159,7 @@ shares = st.floats(0, 1)
 forms = st.builds(
     Int8Form,
     sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
-    ranges=st.dictionaries(st.text(max_size=9), st.floats(1e-9, 1e6)),
+    ranges=st.dictionaries(st.text(max_size=9), st.floats(1e-9, 1e6), min_size=1),
     flipped=shares,
     different=shares,
     auc_lost=st.none() | st.floats(-1, 1),
@@ -162,6 +183,7 @@ def test_a_form_is_read_as_it_was_written(form: Int8Form) -> None:
         ({"flipped": 2}, "flipped must be a number from 0 to 1"),
         ({"ranges": {"conv": 0}}, "conv must be a number"),
         ({"ranges": []}, "ranges: must be a JSON object"),
+        ({"ranges": {}}, "ranges of no convolution"),
         ({"sha256": "12"}, "sha256"),
         ({"more": 1}, "unknown more"),
     ],
@@ -206,6 +228,7 @@ def quantize(home: Path, path: Path) -> tuple[int, str]:
 def test_a_folder_of_films_gives_ranges_and_a_verdict(home: Path, tmp_path: Path) -> None:
     for number in range(8):
         film(tmp_path / f"archive/study{number}/film.png", number)
+        (tmp_path / f"archive/study{number}/claim.json").write_text("{}")  # no film
     store, card = WeightsStore(home / "weights"), bundled_card(Area.XR_HAND)
     before = store.int8_form(card)
     code, told = quantize(home, tmp_path / "archive")
@@ -224,5 +247,5 @@ def test_too_few_films_say_how_many_are_needed(home: Path, tmp_path: Path) -> No
     film(tmp_path / "archive/study/film.png", 1)
     code, told = quantize(home, tmp_path / "archive")
     assert code == 4
-    assert "1 films of 1 studies" in told
-    assert "3 other studies" in told
+    assert "archive: 1 films of 1 patients" in told
+    assert "3 studies of other patients" in told

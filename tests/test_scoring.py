@@ -221,41 +221,6 @@ def test_the_least_recently_used_network_goes_first(watched: Watched, card: Card
     assert loaded == ["a", "b", "c", "b"]
 
 
-def test_expected_networks_are_loaded_while_nothing_waits_and_put_none_out(
-    watched: Watched, card: Card
-) -> None:
-    loaded: list[str] = []
-
-    def make(which: Card) -> Watched:
-        loaded.append(which.sha256[0])
-        if which.sha256[0] == "b":
-            raise OSError(5, "EIO")
-        return watched
-
-    def wait_for(names: list[str]) -> None:
-        end = time.monotonic() + 30
-        while loaded != names and time.monotonic() < end:
-            time.sleep(0.01)
-        assert loaded == names
-
-    cards = {name: replace(card, sha256=name * 64) for name in "abcd"}
-    with Scorer(make, cache_bytes=3 * watched.nbytes) as scorer:
-        scorer.expect(cards["a"])
-        wait_for(["a"])
-        scorer.expect(cards["a"])
-        scorer.expect(cards["b"])  # fails: whoever needs it is told
-        wait_for(["a", "b"])
-        scorer.expect(cards["c"])
-        wait_for(["a", "b", "c"])
-        scorer.expect(cards["d"])  # there is no room for a third besides what a pass needs
-        scorer.announce(cards["a"])
-        scorer.submit(cards["a"], views(card, 1)[0]).result(30)
-        scorer.announce(cards["b"])
-        with pytest.raises(Transient, match="loading the network"):
-            scorer.submit(cards["b"], views(card, 1)[0]).result(30)
-    assert loaded == ["a", "b", "c", "b"]
-
-
 def test_leaving_scores_what_waits(watched: Watched, card: Card) -> None:
     with Scorer(lambda _: watched, batch=16, batch_seconds=3600) as scorer:
         scorer.announce(card)

@@ -25,6 +25,7 @@ from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime.quantization import activation_ranges
+from mura_batch.study import peek
 from mura_batch.weights import Card, Int8Form, WeightsStore
 from training.dataset import Film
 from training.evaluate import FilmScore, by_study, cases_of, score_films
@@ -33,7 +34,7 @@ from training.sources import is_known, read
 
 _CALIBRATING = 64  # films
 _CHECKED = 600  # films at most
-_FEWEST = 30  # studies that can tell what int8 costs
+_FEWEST = 34  # studies, with three points each: one flip is less than one in a hundred
 _BATCH = 8
 
 
@@ -51,20 +52,24 @@ class Sample:
 
 
 def sample_of(path: Path, labels: Path | None, area: Area) -> Sample:
-    """Return labelled films as :func:`training.sources.read` finds them, else all files of a
-    folder as films of ``area`` without a label, those of one folder as one study.
+    """Return labelled films as :func:`training.sources.read` finds them, else all images of a
+    folder as films of ``area`` without a label.
 
     Raises:
         Misconfigured: they are contradictory, or there are none.
     """
     if labels is None and path.is_dir() and not is_known(path):
-        files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
-        films = tuple(
-            Film(file, str(file.parent), str(file.parent), area, 0, where=str(file))
-            for file in files
-        )
-        return Sample(films, labelled=False, name=path.name)
-    return Sample(read(path, labels).checked().films, labelled=True, name=path.name)
+        return Sample(tuple(_films_in(path, area)), labelled=False, name=path.resolve().name)
+    return Sample(read(path, labels).checked().films, labelled=True, name=path.resolve().name)
+
+
+def _films_in(folder: Path, area: Area) -> Iterator[Film]:
+    """Yield the images below a folder; those of one DICOM study or one subfolder are a study."""
+    for file in sorted(folder.rglob("[!.]*")):
+        if file.is_file() and (seen := peek(file)).kind != "other":
+            place = file if file.parent == folder else file.parent
+            study = seen.study_uid or place.relative_to(folder).as_posix()
+            yield Film(file, study, study, area, 0, where=str(file))
 
 
 def quantize(store: WeightsStore, card: Card, sample: Sample) -> Int8Form:
@@ -83,7 +88,9 @@ def quantize(store: WeightsStore, card: Card, sample: Sample) -> Int8Form:
     if not isinstance(network, EvidenceNet):
         raise Misconfigured("OpenVINO cannot run a hybrid network, so it has no int8 form.")
     cards = {str(one.area): one for one in store.cards() if one.sha256 == card.sha256}
-    calibrating, checked = _split([film for film in sample.films if film.area in cards])
+    calibrating, checked = _split(
+        [film for film in sample.films if film.area in cards], sample.name
+    )
     ranges = activation_ranges(network, spec, _batches(calibrating, spec))
     exact, quick = (
         _Said.of(score_films(compiled(network, spec, how), checked, spec), cards)
@@ -97,32 +104,31 @@ def quantize(store: WeightsStore, card: Card, sample: Sample) -> Int8Form:
         different=float(np.abs(exact.probabilities - quick.probabilities).mean()),
         auc_lost=exact.auc() - quick.auc() if known else None,
         studies=len(exact.labels),
-        on=f"ranges of {len(calibrating)} films of {sample.name}, the figures of others of it",
+        on=f"ranges of {len(calibrating)} films of {sample.name}, the figures of other patients'",
     )
 
 
-def _split(films: Sequence[Film]) -> tuple[list[Film], list[Film]]:
-    """Return films to take ranges from, and films of other studies to check them on.
+def _split(films: Sequence[Film], name: str) -> tuple[list[Film], list[Film]]:
+    """Return films to take ranges from, and films of other patients to check them on.
 
     Raises:
         Misconfigured: the studies are too few.
     """
-    studies: defaultdict[str, list[Film]] = defaultdict(list)
+    patients: defaultdict[str, list[Film]] = defaultdict(list)
     for film in films:
-        studies[film.study].append(film)
+        patients[film.patient].append(film)
     calibrating: list[Film] = []
     checked: list[Film] = []
-    fewest = 0
-    for study in sorted(studies, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for patient in sorted(patients, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if len(calibrating) < _CALIBRATING:
-            calibrating += studies[study]
+            calibrating += patients[patient]
         elif len(checked) < _CHECKED:
-            checked += studies[study]
-            fewest += 1
-    if fewest < _FEWEST:
+            checked += patients[patient]
+    if len({(film.study, film.area) for film in checked}) < _FEWEST:
         raise Misconfigured(
-            f"{len(films)} films of {len(studies)} studies of these weights' areas are too few:"
-            f" {_CALIBRATING} films give the ranges, {_FEWEST} other studies say what int8 costs."
+            f"{name}: {len(films)} films of {len(patients)} patients of these weights' areas are"
+            f" too few: {_CALIBRATING} films give the ranges, {_FEWEST} studies of other patients"
+            " say what int8 costs."
         )
     return calibrating, checked
 

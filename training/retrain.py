@@ -142,12 +142,12 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
         ),
     )
     card = store.add(file, card)
-    int8 = _int8(store, card, data)
     _tidy(run)
     good = gain is None or not_worse(gain)
     activated = plan.activate and (good or bool(plan.force))
     if activated:
         store.activate(area, card.sha256, "" if good else plan.force)
+    int8 = _int8(store, card, data)
     on = f"{len(cases.labels)} studies, {int(cases.labels.sum())} positive, kept aside"
     return Retrained(card, auc_of(cases), on, before, gain, good, activated, int8, run)
 

@@ -72,13 +72,18 @@ def _normalised(films: Node, spec: Preprocessing) -> Node:
 def _features(trunk: nn.Module, images: Node, ranges: Ranges) -> Node:
     """Carry ``trunk``'s torch graph over to OpenVINO, node by node."""
     done: dict[fx.Node, Node] = {}
+    joined: dict[tuple[fx.Node, ...], Node] = {}
     for node in fx.symbolic_trace(trunk).graph.nodes:
         if node.op == "placeholder":
             done[node] = images
         elif node.op == "output":
             return done[node.args[0]]
         elif node.op == "call_function" and node.target is torch.cat:
-            done[node] = op.concat([done[part] for part in node.args[0]], axis=1)
+            # Each concatenation goes on from the one before: of separate ones OpenVINO moves the
+            # rounding to int8 before each of their parts, which takes four times the memory.
+            parts = tuple(node.args[0])
+            first = [joined[parts[:-1]]] if parts[:-1] in joined else [done[p] for p in parts[:-1]]
+            joined[parts] = done[node] = op.concat([*first, done[parts[-1]]], axis=1)
         elif node.op == "call_module":
             module = trunk.get_submodule(node.target)
             build = _LAYERS.get(type(module))
