@@ -44,7 +44,7 @@ def stale(home: Home) -> int:
 def test_new_weights_are_measured_and_used_when_they_may_be(tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
     before = quick_weights(home)
-    atlas = write_atlas(tmp_path / "atlas", films=96, views=1)
+    atlas = write_atlas(tmp_path / "atlas", films=110, views=1)
     shutil.copytree(SAMPLES / "XR_HAND", home.inbox / "XR_HAND")
     assert home.command("watch", "--once").returncode == 0
     arguments = ("retrain", "XR_HAND", "--data", str(atlas), "--epochs", "1")
