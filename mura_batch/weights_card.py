@@ -29,7 +29,6 @@ _DECIDING = (
     "calibration",
 )
 _FORMAT = 1  # of the JSON; another number is another program's card
-_INT8_FORMAT = 1
 _MOST_FLIPPED = 0.01  # share of decisions that int8 makes otherwise than f32
 _MOST_DIFFERENT = 0.01  # mean absolute difference of a study's probability
 _MOST_AUC_LOST = 0.005
@@ -152,13 +151,7 @@ class Card:
         Raises:
             WeightsRefused: says which member is missing, unknown or out of its range.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as exc:
-            raise WeightsRefused(f"the card is not JSON: {exc}") from exc
-        members = _Members(data, "card")
-        if members.take("format") != _FORMAT:
-            raise WeightsRefused(f"the card is not of format {_FORMAT}: update mura-batch")
+        members = _Members.read(text, "card")
         card = cls(
             area=Area(members.word("area", tuple(Area))),
             target=cast("Target", members.word("target", get_args(Target))),
@@ -228,7 +221,7 @@ class Int8Form:
 
     def to_json(self) -> str:
         """Return it as JSON text, ASCII, with a newline at its end."""
-        return json.dumps({"format": _INT8_FORMAT, **asdict(self)}, indent=1) + "\n"
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Int8Form:
@@ -237,15 +230,7 @@ class Int8Form:
         Raises:
             WeightsRefused: says which member is missing, unknown or out of its range.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as exc:
-            raise WeightsRefused(f"the int8 form is not JSON: {exc}") from exc
-        members = _Members(data, "int8 form")
-        if members.take("format") != _INT8_FORMAT:
-            raise WeightsRefused(
-                f"the int8 form is not of format {_INT8_FORMAT}: update mura-batch"
-            )
+        members = _Members.read(text, "int8 form")
         ranges = members.child("ranges")
         form = cls(
             sha256=members.digest("sha256"),
@@ -270,6 +255,18 @@ class _Members:
             raise WeightsRefused(f"{place}: must be a JSON object")
         self._left: dict[str, object] = dict(data)
         self._place = place
+
+    @classmethod
+    def read(cls, text: str, what: str) -> _Members:
+        """Return the members of a JSON text of this program's format; ``what`` it is."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as exc:
+            raise WeightsRefused(f"the {what} is not JSON: {exc}") from exc
+        members = cls(data, what)
+        if members.take("format") != _FORMAT:
+            raise WeightsRefused(f"the {what} is not of format {_FORMAT}: update mura-batch")
+        return members
 
     def default(self, name: str, value: object) -> None:
         self._left.setdefault(name, value)

@@ -75,7 +75,7 @@ def load(
     if kept and (warm := recalled(kept, spec, ranges)):
         return warm
     made = network()
-    from mura_batch.network import EvidenceNet  # noqa: PLC0415 - torch, seconds
+    from mura_batch.network import EvidenceNet  # noqa: PLC0415 - torch takes seconds to import
 
     if not isinstance(made, EvidenceNet):
         if runtime == "auto":
@@ -92,12 +92,12 @@ def _found(device: str) -> str:
     no_gpu = sys.platform != "darwin" and not any(map(os.path.exists, _GPU_DRIVERS))
     if device == "cpu" or (device == "auto" and no_gpu):
         return "cpu"
-    from mura_batch.runtime.torch_runtime import find_device  # noqa: PLC0415 - torch, seconds
+    from mura_batch.runtime.torch_runtime import find_device  # noqa: PLC0415 - torch takes seconds to import
 
     return find_device(device)
 
 
 def _on_torch(network: Network, spec: Preprocessing, device: str) -> Runtime:
-    from mura_batch.runtime.torch_runtime import TorchRuntime  # noqa: PLC0415 - torch, seconds
+    from mura_batch.runtime.torch_runtime import TorchRuntime  # noqa: PLC0415 - torch takes seconds to import
 
     return TorchRuntime(network, spec, device)

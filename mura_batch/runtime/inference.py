@@ -57,7 +57,7 @@ class Runtime(Protocol):
     def device(self) -> str: ...  # noqa: D102
 
     @property
-    def precision(self) -> str: ...  # noqa: D102
+    def precision(self) -> str: ...  # noqa: D102 - likewise
 
     @property
     def nbytes(self) -> int: ...  # noqa: D102
