@@ -296,14 +296,14 @@ def test_a_study_that_cannot_be_moved_is_no_burden_to_those_that_end_with_it(
 
 
 def test_no_patient_data_in_the_log(site: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    save_dicom(site.inbox_dir / "Doe_Jane/IM1", PatientName="Doe^Jane", PatientID="4711-X")
+    save_dicom(site.inbox_dir / "Doe_Jane/IM1", PatientName="Doe^Jane", PatientID="MRN4711X")
     shutil.copytree(SAMPLES / "XR_HAND", site.inbox_dir / "Doe_Jane_hand")
     with caplog.at_level(logging.DEBUG, logger="mura_batch"):
         run(site)
     text = caplog.text + " ".join(str(vars(record)) for record in caplog.records)
     assert "recorded" in text
     assert "Doe" not in text
-    assert "4711" not in text
+    assert "MRN4711X" not in text
 
 
 def test_what_others_can_write_is_scored_as_it_was_claimed_or_not_at_all(
