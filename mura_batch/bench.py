@@ -7,6 +7,7 @@ other things to do disturbs them alike.
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import math
@@ -44,12 +45,14 @@ from mura_batch.network import EvidenceNet, Network, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime
+from mura_batch.runtime.choice import refusal
+from mura_batch.runtime.cuda_runtime import CudaRuntime
+from mura_batch.runtime.inference import Precision
 from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
 from mura_batch.weights import WeightsStore, bundled_int8_form, load_bundled
 
 Say = Callable[[str], object]
 Name = Literal["torch", "openvino"]
-Precision = Literal["f32", "int8"]
 
 _WEIGHTS_OF = Area.XR_HAND  # the bundled weights are the same for all areas
 _PATIENCE = 60.0  # seconds without any step before an end-to-end run is given up
@@ -266,16 +269,25 @@ def _contenders(say: Say) -> list[_Contender]:
         eager = _Eager(network, card.preprocessing, device)
         found.append(_Contender("torch", "f32", "eager", device, eager.infer, scoring=False))
         network, card = load_bundled(_WEIGHTS_OF)
-        runtime = TorchRuntime(network, card.preprocessing, device)
         mode = _SCORING_MODE["torch"]
-        found.append(_Contender("torch", "f32", mode, device, _whole(runtime)))
+        found += [
+            _Contender("torch", runtime.precision, mode, device, _whole(runtime))
+            for runtime in _on_torch(network, card.preprocessing, device)
+        ]
     return [*found, *_on_openvino(say)]
+
+
+def _on_torch(network: Network, spec: Preprocessing, device: str) -> list[Runtime]:
+    if not device.startswith("cuda"):
+        return [TorchRuntime(network, spec, device)]
+    half = copy.deepcopy(network)
+    return [CudaRuntime(network, spec, device, "f32"), CudaRuntime(half, spec, device, "f16")]
 
 
 def _on_openvino(say: Say) -> Iterator[_Contender]:
     """Yield f32 and int8 where OpenVINO is installed; int8 even where it is refused."""
     try:
-        from mura_batch.runtime.compiled import compiled, refusal  # noqa: PLC0415 - an extra
+        from mura_batch.runtime.compiled import compiled  # noqa: PLC0415 - an extra
     except ImportError:
         say("OpenVINO is not installed: pip install 'mura-batch[openvino]'")
         return
@@ -366,7 +378,7 @@ def run_through(films: Path, way: Way) -> Passage:
     settings = Settings(
         home=home,
         runtime=way.runtime,
-        precision="auto" if way.precision == "int8" else "f32",
+        precision="f32" if way.precision == "f32" else "auto",
         overlays=way.overlay,
         settle_seconds=0.5,
     )

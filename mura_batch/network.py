@@ -85,11 +85,14 @@ class EvidenceNet(nn.Module):
         return Evidence(pooled + self.classifier.bias, evidence)
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalise(
+    images: Tensor, mean: tuple[float, ...] | Tensor, std: tuple[float, ...] | Tensor
+) -> Tensor:
     """Return uint8 luminance (N, H, W) as normalised float32 RGB of shape (N, 3, H, W)."""
     scale = images.to(torch.float32)[:, None] / 255.0
-    centre = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    spread = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    centre, spread = (
+        torch.as_tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std)
+    )
     return (scale - centre) / spread
 
 

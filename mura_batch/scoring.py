@@ -78,12 +78,13 @@ def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
 
         tensors = weights.tensors(card)
         if card.sha256 not in ranges:
-            ranges[card.sha256] = _ranges(weights, card) if settings.precision == "auto" else {}
+            ranges[card.sha256] = _ranges(weights, card)
         runtime = load(
             partial(network_in, tensors, card),
             card.preprocessing,
             runtime=settings.runtime,
             device=settings.device,
+            precision=settings.precision,
             ranges=ranges[card.sha256],
             kept=settings.home / "compiled" / card.sha256,
         )

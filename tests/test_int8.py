@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,9 @@ def test_channels_that_are_dead_are_no_trouble() -> None:
 def test_auto_takes_int8_where_it_is_right_here_and_faster(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    found = load(network, Preprocessing(size=320, fit="pad"), device="cpu", ranges=RANGES)
+    found = load(
+        network, Preprocessing(size=320, fit="pad"), device="cpu", precision="auto", ranges=RANGES
+    )
     refused = [record.why for record in caplog.records if "int8 is not used" in record.message]
     assert found.precision == ("f32" if refused else "int8")
 
@@ -92,13 +95,14 @@ def test_auto_takes_int8_where_it_is_right_here_and_faster(
 def test_int8_that_is_wrong_on_this_machine_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     clipped = dict.fromkeys(RANGES, 0.01)
     with caplog.at_level(logging.WARNING):
-        found = load(network, SPEC, device="cpu", ranges=clipped)
+        found = load(network, SPEC, device="cpu", precision="auto", ranges=clipped)
     assert found.precision == "f32"
     assert any("off in the mean" in getattr(record, "why", "") for record in caplog.records)
 
 
-def test_torch_and_gpus_stay_f32() -> None:
-    assert load(network, SPEC, runtime="torch", device="cpu", ranges=RANGES).precision == "f32"
+@pytest.mark.parametrize("how", [{"runtime": "torch", "precision": "auto"}, {"precision": "f32"}])
+def test_torch_on_a_cpu_and_who_asks_for_f32_stay_f32(how: dict[str, Any]) -> None:
+    assert load(network, SPEC, device="cpu", ranges=RANGES, **how).precision == "f32"
 
 
 # ---- compiled once
@@ -137,7 +141,9 @@ def test_a_refusal_is_kept_and_told_at_every_start(
     clipped = dict.fromkeys(RANGES, 0.01)
     for maker in (network, never):
         caplog.clear()
-        found = load(maker, SPEC, device="cpu", ranges=clipped, kept=tmp_path / "own")
+        found = load(
+            maker, SPEC, device="cpu", precision="auto", ranges=clipped, kept=tmp_path / "own"
+        )
         assert found.precision == "f32"
         assert any("off in the mean" in getattr(record, "why", "") for record in caplog.records)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,10 +21,12 @@ from torch import nn
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient
-from mura_batch.network import EvidenceNet, Pooling, normalise
+from mura_batch.network import EvidenceNet, HybridNet, Network, Pooling, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime import Inference, OutOfMemory, Runtime, load, torch_runtime
+from mura_batch.runtime.cuda_runtime import CudaRuntime, filled, portions
 from mura_batch.runtime.inference import memory_watched
+from mura_batch.runtime.torch_runtime import Passes
 from mura_batch.weights import load_bundled
 
 NAMES = ("torch", "openvino")
@@ -178,17 +182,71 @@ def test_an_unknown_runtime_stops() -> None:
         load(network, SPEC, runtime="onnx")
 
 
+@given(st.integers(1, 300))
+@settings(max_examples=40, deadline=None)
+def test_parts_for_a_gpu_hold_every_view_once_and_have_few_sizes(count: int) -> None:
+    pixels = np.arange(1, count + 1, dtype=np.uint16).view(np.uint8).reshape(count, 1, 2)
+    parts = list(portions(pixels))
+    whole = [filled(part) for part in parts]
+    assert {len(each) for each in whole} <= {1, 2, 4, 8, 16, 32, 64}
+    kept = [each[: len(part)] for each, part in zip(whole, parts, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(kept), pixels)
+    assert not any(each[len(part) :].any() for each, part in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("make", [network, partial(network, "log-sum-exp"), HybridNet])
+def test_float16_convolutions_say_nearly_what_float32_ones_say(
+    make: Callable[[], Network],
+) -> None:
+    torch.manual_seed(3)
+    exact = make()
+    quick = Passes(copy.deepcopy(exact), SPEC, "cpu", "f16")
+    pixels = torch.from_numpy(films(2, SPEC.size))
+    with torch.no_grad():
+        true = exact.eval()(normalise(pixels, SPEC.mean, SPEC.std))
+    found = quick(pixels)
+    assert found.logit.dtype == found.map.dtype == torch.float32
+    off = (found.logit - true.logit).abs().max()
+    assert 1e-6 < off < 0.02
+    assert (found.map - true.map).abs().max() < 0.02
+    assert quick.nbytes < 0.6 * sum(t.nbytes for t in exact.state_dict().values())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_cuda_scores_like_the_cpu_and_openvino_refuses_it() -> None:
-    pixels = films(3, 160)
-    spec = Preprocessing(size=160)
-    runtime = load(network, spec)
-    assert (runtime.name, runtime.device) == ("torch", "cuda:0")
-    np.testing.assert_allclose(
-        score(runtime, pixels).logits, plain(pixels, spec).logits, atol=1e-2, rtol=0
-    )
+@pytest.mark.parametrize(("precision", "tolerance"), [("f32", 1e-3), ("f16", 2e-2)])
+@pytest.mark.parametrize("make", [network, partial(network, "log-sum-exp"), HybridNet])
+def test_cuda_scores_like_the_cpu(
+    make: Callable[[], Network], precision: Literal["f32", "f16"], tolerance: float
+) -> None:
+    torch.manual_seed(3)
+    exact = make()
+    runtime = CudaRuntime(copy.deepcopy(exact), SPEC, "cuda:0", precision)
+    pixels = films(70, SPEC.size)
+    with torch.no_grad():
+        true = exact.eval()(normalise(torch.from_numpy(pixels), SPEC.mean, SPEC.std))
+    for count in (70, 3, 1, 70, 4):  # recorded, filled up, and replayed in any order
+        found = score(runtime, pixels[:count])
+        np.testing.assert_allclose(found.logits, true.logit[:count], atol=tolerance, rtol=0)
+        np.testing.assert_allclose(found.maps, true.map[:count], atol=tolerance, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_passes_under_way_do_not_touch_each_other() -> None:
+    runtimes = [CudaRuntime(network(), SPEC, "cuda:0", "f32") for _ in range(2)]
+    pixels = films(24, SPEC.size)
+    alone = [score(runtimes[0], pixels[at : at + 8]).logits for at in (0, 8, 16)]
+    started = [runtimes[at % 2].infer(pixels[8 * at : 8 * at + 8]) for at in (0, 1, 2)]
+    together = [Inference.joined(parts).logits for parts in started]
+    np.testing.assert_allclose(together, alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_auto_on_a_gpu_is_torch_there_and_openvino_refuses_it() -> None:
+    found = load(network, Preprocessing(size=320), precision="auto")
+    assert (found.name, found.device) == ("torch", "cuda:0")
+    assert load(network, SPEC).precision == "f32"
     with pytest.raises(Misconfigured, match="CPU only"):
-        load(network, spec, runtime="openvino", device="cuda")
+        load(network, SPEC, runtime="openvino", device="cuda")
 
 
 def test_a_batch_beyond_all_memory_is_out_of_memory_and_may_be_tried_smaller(

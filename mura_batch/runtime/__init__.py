@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mura_batch.errors import Misconfigured
 from mura_batch.preprocessing import Preprocessing
@@ -32,6 +32,7 @@ def load(
     *,
     runtime: str = "auto",
     device: str = "auto",
+    precision: Literal["auto", "f32"] = "f32",
     ranges: Mapping[str, float] = MappingProxyType({}),
     kept: Path | None = None,
 ) -> Runtime:
@@ -43,7 +44,9 @@ def load(
         runtime: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is
             installed, else torch. The hybrid's map needs gradients, so torch runs it.
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda:N``, ``mps``.
-        ranges: with which OpenVINO may run it in int8, where that is right and faster here; see
+        precision: ``f32``, or ``auto``: int8 on a CPU where there are ``ranges``, float16 on a
+            CUDA device, where that is right and faster here (:mod:`mura_batch.runtime.choice`).
+        ranges: with which OpenVINO may run it in int8; see
             :func:`mura_batch.runtime.quantization.activation_ranges`.
         kept: folder of these weights alone where their compiled form waits for the next start.
 
@@ -62,12 +65,13 @@ def load(
             " set `runtime` to auto or torch, or `device` to cpu"
         )
     if runtime == "torch" or found != "cpu":
-        return _on_torch(network(), spec, found)
+        return _on_torch(network(), spec, found, precision)
+    ranges = ranges if precision == "auto" else {}
     try:
         from mura_batch.runtime.compiled import fastest, recalled  # noqa: PLC0415 - an extra
     except ImportError as exc:
         if runtime == "auto":
-            return _on_torch(network(), spec, found)
+            return _on_torch(network(), spec, found, precision)
         raise Misconfigured(
             "the openvino runtime is not installed: pip install 'mura-batch[openvino]',"
             " or set `runtime` to auto or torch"
@@ -79,7 +83,7 @@ def load(
 
     if not isinstance(made, EvidenceNet):
         if runtime == "auto":
-            return _on_torch(made, spec, found)
+            return _on_torch(made, spec, found, precision)
         raise Misconfigured(
             "the openvino runtime has no gradients, which the map of a hybrid network needs: set"
             " `runtime` to auto or torch"
@@ -97,7 +101,11 @@ def _found(device: str) -> str:
     return find_device(device)
 
 
-def _on_torch(network: Network, spec: Preprocessing, device: str) -> Runtime:
+def _on_torch(network: Network, spec: Preprocessing, device: str, precision: str) -> Runtime:
+    if device.startswith("cuda"):
+        from mura_batch.runtime.cuda_runtime import cuda_runtime  # noqa: PLC0415 - torch, seconds
+
+        return cuda_runtime(network, spec, device, exact=precision == "f32")
     from mura_batch.runtime.torch_runtime import TorchRuntime  # noqa: PLC0415 - torch takes seconds to import
 
     return TorchRuntime(network, spec, device)

@@ -19,24 +19,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mura_batch.atomic import write_atomic
 from mura_batch.preprocessing import Preprocessing
-from mura_batch.radiograph import read_film
-from mura_batch.runtime.inference import Inference, memory_watched
-from mura_batch.runtime.openvino_runtime import SETTINGS, OpenVinoRuntime, Precision, openvino
+from mura_batch.runtime.choice import refusal
+from mura_batch.runtime.inference import Precision, memory_watched
+from mura_batch.runtime.openvino_runtime import SETTINGS, OpenVinoRuntime, openvino
 
 if TYPE_CHECKING:
     from mura_batch.network import EvidenceNet
 
 log = logging.getLogger(__name__)
 
-_SAMPLES = Path(__file__).parents[1] / "samples"
 _REFUSED = "int8 is not used on this machine"
-_TURNS = 3
-_MOST_OFF = 0.03  # mean difference of the samples' probabilities: many times what int8 costs
 _MONTH = 30 * 24 * 3600.0
 _ENDING = ".compiled"
 _SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("openvino_graph", "compiled")]
@@ -119,33 +113,6 @@ def _file(kept: Path, spec: Preprocessing, ranges: Mapping[str, float]) -> Path:
 @cache
 def _core() -> openvino.Core:
     return openvino.Core()
-
-
-def refusal(quick: OpenVinoRuntime, exact: OpenVinoRuntime, spec: Preprocessing) -> str:
-    """Say why int8 is not for this machine; empty where it is right and faster.
-
-    Processors without VNNI may overflow in int8.
-    """
-    files = sorted(file for file in _SAMPLES.rglob("*") if file.suffix in {".png", ".jpg"})
-    films = np.stack([read_film(file, 0, spec)[1].pixels for file in files])
-    own, true = (Inference.joined(one.infer(films)) for one in (quick, exact))
-    off = float(np.abs(_probabilities(own) - _probabilities(true)).mean())
-    if not off <= _MOST_OFF:
-        return f"the sample films' probabilities are {off:.3f} off in the mean"
-    turns = [(_seconds(quick, films), _seconds(exact, films)) for _ in range(_TURNS)]
-    times = min(turn[0] for turn in turns) / min(turn[1] for turn in turns)
-    return "" if times < 1 else f"it takes {times:.1f} times as long as f32"
-
-
-def _seconds(runtime: OpenVinoRuntime, films: NDArray[np.uint8]) -> float:
-    began = time.perf_counter()
-    Inference.joined(runtime.infer(films))
-    return time.perf_counter() - began
-
-
-def _probabilities(found: Inference) -> NDArray[np.float64]:
-    with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-found.logits.astype(np.float64)))
 
 
 def _keep(file: Path, made: OpenVinoRuntime, refused: str) -> None:

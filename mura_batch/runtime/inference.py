@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mura_batch.errors import Transient
+
+Precision = Literal["f32", "f16", "int8"]
 
 
 class OutOfMemory(Transient):
@@ -46,7 +48,7 @@ class Runtime(Protocol):
     Attributes:
         name: ``torch`` or ``openvino``.
         device: ``cpu``, ``cuda:0``, ``mps``.
-        precision: ``f32`` or ``int8``.
+        precision: ``f32``, ``f16`` or ``int8``.
         nbytes: memory that it keeps while it is warm, in bytes, estimated.
     """
 
@@ -57,7 +59,7 @@ class Runtime(Protocol):
     def device(self) -> str: ...  # noqa: D102
 
     @property
-    def precision(self) -> str: ...  # noqa: D102 - likewise
+    def precision(self) -> Precision: ...  # noqa: D102 - likewise
 
     @property
     def nbytes(self) -> int: ...  # noqa: D102

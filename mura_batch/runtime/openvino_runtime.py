@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mura_batch.runtime.inference import Inference, memory_watched, watched
+from mura_batch.runtime.inference import Inference, Precision, memory_watched, watched
 
 # `import openvino` would fork this process to tell a vendor's server of the import; without
 # this package it goes on in silence.
@@ -18,9 +18,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # 
 
 import openvino  # noqa: E402 - after the line above, or it would send
 
-__all__ = ["SETTINGS", "OpenVinoRuntime", "Precision", "openvino"]
-
-Precision = Literal["f32", "int8"]
+__all__ = ["SETTINGS", "OpenVinoRuntime", "openvino"]
 
 # f32 for what is not int8, on every CPU (some would choose bf16 by themselves). With the
 # throughput hint OpenVINO makes a stream for every one or few cores, and the views of a batch go
