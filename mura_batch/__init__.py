@@ -6,9 +6,9 @@ Research use only, not a medical device. The way of a study through the modules:
     custody     claim it by renames that a restart can repeat; later archive or quarantine it
     study       headers of the claimed files → views, content digest
     area        codes, tags, words, folder names → one of seven areas, with the evidence
-    radiograph  PNG, JPEG, DICOM → luminance (dicom_file, dicom_pixels, dicom_grey, greyscale;
-                what files may claim: untrusted); network_input: what the network sees, by the
-                weights' preprocessing
+    radiograph  PNG, JPEG, DICOM → luminance (dicom_file, dicom_pixels, dicom_grey, greyscale,
+                gpu_decode; what files may claim: untrusted); network_input: what the
+                network sees, by the weights' preprocessing
     scoring     batches across studies, one warm network per set of weights
       network   DenseNet-121: one forward pass → logit and evidence map
       runtime   the network on torch or OpenVINO

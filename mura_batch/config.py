@@ -57,6 +57,11 @@ class Settings:
         "auto: int8 on a CPU, for weights whose int8 form was accepted, and float16 on a CUDA"
         " device, each where the machine does it right and faster; or f32 for all",
     )
+    gpu_decode: bool = _setting(
+        False,
+        "decode compressed DICOM on an NVIDIA GPU, where nvImageCodec is installed; lossy films"
+        " may differ by a grey level from a CPU's",
+    )
     batch: int = _setting(16, "views in one forward pass at most")
     batch_seconds: float = _setting(2.0, "a view waits this long at most for its batch to fill")
     cache_mb: int = _setting(2048, "memory for warm networks; the least used one goes first")

@@ -41,6 +41,7 @@ from mura_batch import engine as engines
 from mura_batch.area import Area
 from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.errors import Misconfigured, MuraError
+from mura_batch.gpu_decode import decode_on_gpu
 from mura_batch.inbox import Wakeup
 from mura_batch.lock import is_watched
 from mura_batch.reader import REVISION, sqlite_path
@@ -90,7 +91,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield from _weights(WeightsStore(settings.weights_dir))
     yield from _database(settings)
     yield from _devices(settings)
-    yield from _codecs()
+    yield from _codecs(settings)
 
 
 # ---- folders and file systems
@@ -347,7 +348,12 @@ def _devices(settings: Settings) -> Iterator[Finding]:
     yield Finding(ok=True, what=f"Networks run with {runtime} on {device}{others}.")
 
 
-def _codecs() -> Iterator[Finding]:
+def _codecs(settings: Settings) -> Iterator[Finding]:
+    if settings.gpu_decode:
+        try:
+            decode_on_gpu()
+        except Misconfigured as exc:
+            yield Finding(ok=False, what=f"{exc}.")
     missing = [syntax for syntax in _SYNTAXES if not _decodes(syntax)]
     for syntax in missing:
         needs = "; ".join(get_decoder(syntax).missing_dependencies)

@@ -32,6 +32,7 @@ from mura_batch.errors import (
     Transient,
     WeightsRefused,
 )
+from mura_batch.gpu_decode import decode_on_gpu
 from mura_batch.moves import MAX_BYTES, digest
 from mura_batch.network_input import Luminance
 from mura_batch.outcome import PartWork, Pass, Slot, part_work, study_outcome
@@ -101,6 +102,8 @@ class Pipeline:
         *,
         decoders: int | None = None,
     ) -> None:
+        if settings.gpu_decode:
+            decode_on_gpu()
         self.finished: Counter[State] = Counter()
         self._settings = settings
         self._store = store

@@ -14,11 +14,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from mura_batch import database, doctor
 from mura_batch.area import Area
 from mura_batch.config import STATUS_FILE, Settings
+from mura_batch.daemon import Daemon
 from mura_batch.doctor import Mount, examine, mount_of
+from mura_batch.errors import Misconfigured
 from mura_batch.lock import LOCK_FILE, is_watched
 from mura_batch.records import ClaimedFile, ClaimRecord
 from mura_batch.store import Store
@@ -206,6 +209,17 @@ def test_damaged_weights_are_told_with_the_way_out(site: Settings) -> None:
 def test_an_area_without_weights_is_told_with_the_command(site: Settings) -> None:
     (site.weights_dir / "XR_HAND" / "active.json").unlink()
     assert one_wrong(site).startswith("XR_HAND has no weights: run `mura-batch models fetch")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_decoding_on_a_gpu_that_is_not_here_is_told_and_stops_the_daemon(site: Settings) -> None:
+    """Whether nvImageCodec is installed or not."""
+    wanted = replace(site, gpu_decode=True)
+    told = one_wrong(wanted)
+    assert "gpu_decode" in told
+    assert "set it to false" in told or "pip install 'nvidia-nvimgcodec-cu12[all]" in told
+    with pytest.raises(Misconfigured, match="gpu_decode"):
+        Daemon(wanted).run(once=True)
 
 
 def test_a_device_that_is_not_here(site: Settings) -> None:
