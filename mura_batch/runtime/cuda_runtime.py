@@ -102,23 +102,22 @@ class CudaRuntime:
         """Return the pass of films of this shape, recorded where that can be."""
         size = len(films)
         if size not in self._recordings:
-            self._recordings[size] = self._forward
-            if self._recordable:
-                try:
-                    self._recordings[size] = self._recorded(films)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as exc:
-                    log.warning(
-                        "passes are not recorded on this device: they take longer",
-                        extra={"error": str(exc).partition("\n")[0]},
-                    )
+            try:
+                recording = self._recorded(films) if self._recordable else self._forward
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as exc:
+                told = str(exc).partition("\n")[0]
+                log.warning("passes cannot be recorded here: they take longer", extra={"why": told})
+                recording = self._forward
+            self._recordings[size] = recording
         return self._recordings[size]
 
     def _recorded(self, films: Tensor) -> _Recording:
         wanted = films.clone()  # the recording reads this memory for ever
         for _ in range(_WARM_UP):
             self._forward(wanted)
+        torch.cuda.empty_cache()  # as the recording does first
         before = int(torch.cuda.memory_reserved(self.device))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
