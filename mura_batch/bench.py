@@ -281,7 +281,7 @@ def _on_torch(network: Network, spec: Preprocessing, device: str) -> list[Runtim
     if not device.startswith("cuda"):
         return [TorchRuntime(network, spec, device)]
     half = copy.deepcopy(network)
-    return [CudaRuntime(network, spec, device, "f32"), CudaRuntime(half, spec, device, "f16")]
+    return [CudaRuntime(network, spec, device, "f32"), CudaRuntime(half, spec, device, "fp16")]
 
 
 def _on_openvino(say: Say) -> Iterator[_Contender]:

@@ -200,7 +200,7 @@ def test_float16_convolutions_say_nearly_what_float32_ones_say(
 ) -> None:
     torch.manual_seed(3)
     exact = make()
-    quick = Passes(copy.deepcopy(exact), SPEC, "cpu", "f16")
+    quick = Passes(copy.deepcopy(exact), SPEC, "cpu", "fp16")
     pixels = torch.from_numpy(films(2, SPEC.size))
     with torch.no_grad():
         true = exact.eval()(normalise(pixels, SPEC.mean, SPEC.std))
@@ -213,10 +213,10 @@ def test_float16_convolutions_say_nearly_what_float32_ones_say(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize(("precision", "tolerance"), [("f32", 1e-3), ("f16", 2e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("f32", 1e-3), ("fp16", 2e-2)])
 @pytest.mark.parametrize("make", [network, partial(network, "log-sum-exp"), HybridNet])
 def test_cuda_scores_like_the_cpu(
-    make: Callable[[], Network], precision: Literal["f32", "f16"], tolerance: float
+    make: Callable[[], Network], precision: Literal["f32", "fp16"], tolerance: float
 ) -> None:
     torch.manual_seed(3)
     exact = make()

@@ -44,7 +44,7 @@ class CudaRuntime:
     name: Final = "torch"
 
     def __init__(
-        self, network: Network, spec: Preprocessing, device: str, precision: Literal["f32", "f16"]
+        self, network: Network, spec: Preprocessing, device: str, precision: Literal["f32", "fp16"]
     ) -> None:
         self.device: Final = device
         self.precision: Final = precision
@@ -143,7 +143,7 @@ def cuda_runtime(network: Network, spec: Preprocessing, device: str, *, exact: b
     sure = CudaRuntime(network, spec, device, "f32")
     if half is None:
         return sure
-    quick = CudaRuntime(half, spec, device, "f16")
+    quick = CudaRuntime(half, spec, device, "fp16")
     if why := refusal(quick, sure, spec):
         log.warning("float16 is not used on this machine", extra={"why": why})
         return sure

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mura_batch.errors import Transient
 
-Precision = Literal["f32", "f16", "int8"]
+Precision = Literal["f32", "fp16", "int8"]
 
 
 class OutOfMemory(Transient):
@@ -48,7 +48,7 @@ class Runtime(Protocol):
     Attributes:
         name: ``torch`` or ``openvino``.
         device: ``cpu``, ``cuda:0``, ``mps``.
-        precision: ``f32``, ``f16`` or ``int8``.
+        precision: ``f32``, ``fp16`` or ``int8``.
         nbytes: memory that it keeps while it is warm, in bytes, estimated.
     """
 

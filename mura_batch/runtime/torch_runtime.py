@@ -29,7 +29,7 @@ _MOST_STREAMS = 8
 class Passes:
     """A network on a torch device: ``channels_last``, inference mode; it is taken over.
 
-    With ``f16`` the trunk's convolutions have float16 weights and inputs, as torch's autocast
+    With ``fp16`` the trunk's convolutions have float16 weights and inputs, as torch's autocast
     would make of them at every pass; batch normalisation keeps its float32 statistics, and what
     comes after the last feature map is float32: the logit is a sum of a thousand channels.
 
@@ -38,12 +38,12 @@ class Passes:
     """
 
     def __init__(
-        self, network: Network, spec: Preprocessing, device: str, precision: Literal["f32", "f16"]
+        self, network: Network, spec: Preprocessing, device: str, precision: Literal["f32", "fp16"]
     ) -> None:
         self._network = network.eval().requires_grad_(requires_grad=False)
         self._network.to(torch.device(device)).to(memory_format=torch.channels_last)
         self._dtype = torch.float32
-        if precision == "f16":
+        if precision == "fp16":
             self._dtype = torch.float16
             for layer in self._network.features.modules():
                 if isinstance(layer, nn.Conv2d):
