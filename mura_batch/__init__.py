@@ -13,6 +13,7 @@ Research use only, not a medical device. The way of a study through the modules:
       network   DenseNet-121: one forward pass → logit and evidence map
       runtime   the network on torch or OpenVINO
       weights   versioned, with cards; import, fetch, activate, roll back
+      tensors   what a network computes with: read and checked, without torch
     assessment  views' areas and scores → what is said of the study; outcome: as the ledger keeps it
     overlay     evidence map → picture
     store       the ledger and the results: intake (claims → studies), worklist (what is asked),

@@ -7,7 +7,6 @@ other things to do disturbs them alike.
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import math
@@ -41,7 +40,7 @@ from mura_batch.config import Settings
 from mura_batch.daemon import Daemon, Summary
 from mura_batch.demo import drop_samples
 from mura_batch.errors import MuraError
-from mura_batch.network import EvidenceNet, Network, normalise
+from mura_batch.network import Network, network_with, normalise
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime
@@ -49,7 +48,8 @@ from mura_batch.runtime.choice import refusal
 from mura_batch.runtime.cuda_runtime import CudaRuntime
 from mura_batch.runtime.inference import Precision
 from mura_batch.runtime.torch_runtime import TorchRuntime, find_device
-from mura_batch.weights import WeightsStore, bundled_int8_form, load_bundled
+from mura_batch.tensors import Weights
+from mura_batch.weights import WeightsStore, bundled_card, bundled_int8_form, load_bundled
 
 Say = Callable[[str], object]
 Name = Literal["torch", "openvino"]
@@ -263,39 +263,38 @@ class _Eager:
 
 def _contenders(say: Say) -> list[_Contender]:
     """Return every runtime that works here; torch eager on the CPU is the first."""
+    weights, card = load_bundled(_WEIGHTS_OF)
+    spec = card.preprocessing
     found = []
     for device in dict.fromkeys(("cpu", find_device("auto"))):
-        network, card = load_bundled(_WEIGHTS_OF)
-        eager = _Eager(network, card.preprocessing, device)
+        eager = _Eager(network_with(weights), spec, device)
         found.append(_Contender("torch", "f32", "eager", device, eager.infer, scoring=False))
-        network, card = load_bundled(_WEIGHTS_OF)
         mode = _SCORING_MODE["torch"]
         found += [
             _Contender("torch", runtime.precision, mode, device, _whole(runtime))
-            for runtime in _on_torch(network, card.preprocessing, device)
+            for runtime in _on_torch(weights, spec, device)
         ]
-    return [*found, *_on_openvino(say)]
+    return [*found, *_on_openvino(weights, spec, say)]
 
 
-def _on_torch(network: Network, spec: Preprocessing, device: str) -> list[Runtime]:
+def _on_torch(weights: Weights, spec: Preprocessing, device: str) -> list[Runtime]:
     if not device.startswith("cuda"):
-        return [TorchRuntime(network, spec, device)]
-    half = copy.deepcopy(network)
-    return [CudaRuntime(network, spec, device, "f32"), CudaRuntime(half, spec, device, "fp16")]
+        return [TorchRuntime(network_with(weights), spec, device)]
+    return [
+        CudaRuntime(network_with(weights), spec, device, "f32"),
+        CudaRuntime(network_with(weights), spec, device, "fp16"),
+    ]
 
 
-def _on_openvino(say: Say) -> Iterator[_Contender]:
+def _on_openvino(weights: Weights, spec: Preprocessing, say: Say) -> Iterator[_Contender]:
     """Yield f32 and int8 where OpenVINO is installed; int8 even where it is refused."""
     try:
         from mura_batch.runtime.compiled import compiled  # noqa: PLC0415 - an extra
     except ImportError:
         say("OpenVINO is not installed: pip install 'mura-batch[openvino]'")
         return
-    network, card = load_bundled(_WEIGHTS_OF)
-    if not isinstance(network, EvidenceNet):
-        return
-    form, spec, mode = bundled_int8_form(_WEIGHTS_OF), card.preprocessing, _SCORING_MODE["openvino"]
-    exact, quick = compiled(network, spec), compiled(network, spec, form.ranges)
+    form, mode = bundled_int8_form(_WEIGHTS_OF), _SCORING_MODE["openvino"]
+    exact, quick = compiled(weights, spec), compiled(weights, spec, form.ranges)
     yield _Contender("openvino", "f32", mode, exact.device, _whole(exact))
     if why := form.refusal or refusal(quick, exact, spec):
         say(f"the daemon runs these weights in f32: int8 is refused ({why})")
@@ -308,7 +307,7 @@ def _whole(runtime: Runtime) -> Callable[[NDArray[np.uint8]], Inference]:
 
 def _sample_pixels() -> NDArray[np.uint8]:
     """Return the sample films as the bundled weights want them, (N, S, S)."""
-    spec = load_bundled(_WEIGHTS_OF)[1].preprocessing
+    spec = bundled_card(_WEIGHTS_OF).preprocessing
     with tempfile.TemporaryDirectory(prefix="mura-batch-bench-") as folder:
         drop_samples(Path(folder))
         return np.stack([read_film(file, 0, spec)[1].pixels for file in _files(Path(folder))])

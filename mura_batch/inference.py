@@ -116,11 +116,11 @@ def load_model(
     """
     area = Area(area)
     if checkpoint is not None:
-        network, card = load_checkpoint(Path(checkpoint), area)
+        weights, card = load_checkpoint(Path(checkpoint), area)
     elif home is not None:
         store = WeightsStore(Path(home) / "weights")
         card = store.require(area)
-        network = store.load(card)
+        weights = store.load(card)
     else:
-        network, card = load_bundled(area)
-    return Model(card, load(lambda: network, card.preprocessing, runtime=runtime, device=device))
+        weights, card = load_bundled(area)
+    return Model(card, load(weights, card.preprocessing, runtime=runtime, device=device))

@@ -22,10 +22,9 @@ whose mean over them is ``1 / (h·w)``: so Grad-CAM is ``ReLU(M)`` here too, out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +32,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import densenet121
 
-Pooling = Literal["mean", "log-sum-exp"]
+from mura_batch.tensors import ENCODER_LAYERS, POOLINGS, TOKEN_WIDTH, Pooling, Weights, checked
 
-_WIDTH, _HEADS, _LAYERS = 256, 4, 2  # of the hybrid's encoder
+_HEADS = 4  # of the hybrid's encoder
 
 
 class Evidence(NamedTuple):
@@ -108,12 +107,17 @@ class HybridNet(nn.Module):
         super().__init__()
         trunk = densenet121(weights=None, num_classes=1)
         self.features = trunk.features
-        self.project = nn.Linear(trunk.classifier.in_features, _WIDTH)
+        self.project = nn.Linear(trunk.classifier.in_features, TOKEN_WIDTH)
         layer = nn.TransformerEncoderLayer(
-            _WIDTH, _HEADS, 2 * _WIDTH, activation="gelu", batch_first=True, norm_first=True
+            TOKEN_WIDTH,
+            _HEADS,
+            2 * TOKEN_WIDTH,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
-        self.encoder = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
-        self.classifier = nn.Linear(_WIDTH, 1)
+        self.encoder = nn.TransformerEncoder(layer, ENCODER_LAYERS, enable_nested_tensor=False)
+        self.classifier = nn.Linear(TOKEN_WIDTH, 1)
 
     def forward(self, images: Tensor) -> Evidence:
         """Return logit and signed map of ``images`` (N, 3, H, W); also in inference mode."""
@@ -149,24 +153,40 @@ def _positions(height: int, width: int) -> Tensor:
     Source: A. Vaswani et al., "Attention Is All You Need", NeurIPS 2017, half of the width for
     each direction; so a map of any size has them.
     """
-    quarter = _WIDTH // 4
+    quarter = TOKEN_WIDTH // 4
     rates = 10_000 ** (-torch.arange(quarter) / quarter)
     rows = torch.arange(height)[:, None, None] * rates
     columns = torch.arange(width)[None, :, None] * rates
     angles = (rows.expand(height, width, quarter), columns.expand(height, width, quarter))
     waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
-    return torch.cat(waves, dim=-1).view(height * width, _WIDTH)
+    return torch.cat(waves, dim=-1).view(height * width, TOKEN_WIDTH)
 
 
 Network = EvidenceNet | HybridNet
 
-_MAKERS: dict[str, Callable[[], Network]] = {
-    "densenet121": EvidenceNet,
-    "densenet121-lse": partial(EvidenceNet, "log-sum-exp"),
-    "densenet121-transformer": HybridNet,
-}
-
 
 def network_of(architecture: str) -> Network:
     """Return a network with random weights by its name in a card (``ARCHITECTURES`` there)."""
-    return _MAKERS[architecture]()
+    pooling = POOLINGS[architecture]
+    return HybridNet() if pooling is None else EvidenceNet(pooling)
+
+
+def network_with(weights: Weights) -> Network:
+    """Return the float32 network with a copy of these weights, in evaluation mode, on the CPU."""
+    with torch.device("meta"):
+        network = network_of(weights.architecture)
+    state = {name: torch.zeros((), dtype=torch.int64) for name in network.state_dict()}  # counters
+    for name, values in weights.tensors.items():
+        state[name] = torch.tensor(values, dtype=torch.float32)
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def weights_of(state: Mapping[str, Tensor], architecture: str) -> Weights:
+    """Return the weights that a state dict of any float precision holds.
+
+    Raises:
+        WeightsRefused: as for :func:`mura_batch.tensors.checked`.
+    """
+    floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    return checked({n: t.detach().cpu().numpy() for n, t in floats.items()}, architecture)

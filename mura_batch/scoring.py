@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self
 
@@ -74,13 +73,11 @@ def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
 
     def ready(card: Card) -> Runtime:
         from mura_batch.runtime import load  # noqa: PLC0415 - seconds, only where networks run
-        from mura_batch.weights import network_in  # noqa: PLC0415 - likewise
 
-        tensors = weights.tensors(card)
         if card.sha256 not in ranges:
             ranges[card.sha256] = _ranges(weights, card)
         runtime = load(
-            partial(network_in, tensors, card),
+            weights.load(card),
             card.preprocessing,
             runtime=settings.runtime,
             device=settings.device,

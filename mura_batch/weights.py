@@ -8,7 +8,7 @@ A folder of weights looks so, and every file in it is written whole:
     XR_WRIST/active.json            which card is in use, and which were before it
 
 The digest of weights is the sha256 of their file. It is checked at every load. Nothing here
-imports torch before a network is loaded, so that listing weights is quick.
+imports torch, nor NumPy before weights are loaded, so that listing them is quick.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -41,9 +41,7 @@ from mura_batch.weights_card import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mura_batch.network import Network
+    from mura_batch.tensors import Weights
 
 __all__ = [
     "ARCHITECTURE",
@@ -57,10 +55,9 @@ __all__ = [
     "Target",
     "WeightsStore",
     "bundled_card",
-    "fitted",
     "load_bundled",
     "read_card",
-    "read_network",
+    "read_weights",
     "sha256_of",
 ]
 
@@ -68,12 +65,6 @@ BUNDLED = Path(__file__).parent / "bundled"
 _BUNDLED_FILE = BUNDLED / "generalist.safetensors"
 _BUNDLED_FORM = BUNDLED / "generalist.int8.json"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NAMES = {
-    "densenet121": "DenseNet-121",
-    "densenet121-lse": "DenseNet-121",
-    "densenet121-transformer": "DenseNet-121 with a Transformer encoder",
-}
-_NAMED = 5  # wrong tensors that a message names; the rest is counted
 
 
 def sha256_of(file: Path) -> str:
@@ -99,22 +90,15 @@ def read_card(file: Path) -> Card:
         raise WeightsRefused(f"{file}: {exc}") from exc
 
 
-def read_network(file: Path, card: Card) -> Network:
-    """Return the float32 network of ``file`` in evaluation mode, on the CPU.
+def read_weights(file: Path, card: Card) -> Weights:
+    """Return what a safetensors file holds.
 
     Raises:
         WeightsRefused: the file is missing, is not the one that ``card`` describes (sha256), or
             its tensors are not those of the network.
     """
-    return network_in(read_tensors(file, card), card)
+    from mura_batch import tensors  # noqa: PLC0415 - listing weights stays quick
 
-
-def read_tensors(file: Path, card: Card) -> bytes:
-    """Return the content of a safetensors file.
-
-    Raises:
-        WeightsRefused: the file is missing, or is not the one that ``card`` describes (sha256).
-    """
     try:
         content = file.read_bytes()
     except OSError as exc:
@@ -128,76 +112,10 @@ def read_tensors(file: Path, card: Card) -> bytes:
             " run `mura-batch models verify`, then fetch or import these weights again,"
             f" or go back with `mura-batch models rollback {card.area}`"
         )
-    return content
-
-
-def network_in(tensors: bytes, card: Card) -> Network:
-    """Return the float32 network that a safetensors file holds, in evaluation mode, on the CPU.
-
-    Raises:
-        WeightsRefused: its tensors are not those of the network.
-    """
-    from safetensors import SafetensorError  # noqa: PLC0415 - listing weights stays quick
-    from safetensors.torch import load  # noqa: PLC0415 - imports torch
-
     try:
-        return fitted(load(tensors), card.architecture)
-    except SafetensorError as exc:
-        raise WeightsRefused(f"{card.area} {card.short}: not a safetensors file: {exc}") from exc
-
-
-def fitted(state: Mapping[str, Tensor], architecture: str = ARCHITECTURE) -> Network:
-    """Return the network that holds ``state``, as float32 in evaluation mode.
-
-    ``state`` maps names (of DenseNet-121, torchvision's) to floating-point tensors of any
-    precision. The batch counters of batch normalisation may be left out: scoring does not use
-    them.
-
-    Raises:
-        WeightsRefused: names what is missing, unexpected, of another shape or not a number.
-    """
-    import torch  # noqa: PLC0415 - listing weights stays quick
-
-    from mura_batch.network import network_of  # noqa: PLC0415 - torch: listing weights stays quick
-
-    with torch.device("meta"):
-        network = network_of(architecture)
-    expected = network.state_dict()
-    counters = {name for name in expected if name.endswith("num_batches_tracked")}
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    refuse = partial(_refuse, architecture)
-    refuse("missing", expected.keys() - counters - state.keys())
-    refuse("unexpected", state.keys() - expected.keys())
-    refuse(
-        "of another shape",
-        {
-            f"{name} {tuple(tensor.shape)} instead of {shapes[name]}"
-            for name, tensor in state.items()
-            if tuple(tensor.shape) != shapes[name]
-        },
-    )
-    weights = {name: state[name] for name in expected.keys() - counters}
-    refuse("no floats", {n for n, t in weights.items() if not t.is_floating_point()})
-    weights = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
-    refuse("NaN or infinite", {n for n, t in weights.items() if not bool(t.isfinite().all())})
-    spread = {n: t for n, t in weights.items() if n.endswith("running_var")}
-    refuse("negative variances", {n for n, t in spread.items() if bool((t < 0).any())})
-    unused = {name: torch.zeros((), dtype=torch.int64) for name in counters}
-    network.load_state_dict({**weights, **unused}, assign=True)
-    return network.eval()
-
-
-def _refuse(architecture: str, what: str, names: Iterable[str]) -> None:
-    """Raise WeightsRefused where there are any ``names``, naming the first few."""
-    found = sorted(names)
-    if not found:
-        return
-    shown = ", ".join(name[:120] for name in found[:_NAMED])
-    rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    raise WeightsRefused(
-        f"not a {_NAMES[architecture]} with one logit: tensors {what}: {shown}{rest};"
-        " give a checkpoint of that network"
-    )
+        return tensors.read(content, card.architecture)
+    except WeightsRefused as exc:
+        raise WeightsRefused(f"{card.area} {card.short}: {exc}") from exc
 
 
 def read_int8_form(file: Path, card: Card) -> Int8Form:
@@ -235,14 +153,14 @@ def bundled_card(area: Area) -> Card:
     return read_card(BUNDLED / "cards" / f"{area}.json")
 
 
-def load_bundled(area: Area) -> tuple[Network, Card]:
-    """Return network and card of the weights that come with the package; needs no home.
+def load_bundled(area: Area) -> tuple[Weights, Card]:
+    """Return tensors and card of the weights that come with the package; needs no home.
 
     Raises:
         WeightsRefused: the installed package is damaged.
     """
     card = bundled_card(area)
-    return read_network(_BUNDLED_FILE, card), card
+    return read_weights(_BUNDLED_FILE, card), card
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +256,7 @@ class WeightsStore:
             WeightsRefused: the file is not what the card says or does not fit the network, or
                 the same tensors are stored with a card that decides differently.
         """
-        read_network(file, card)
+        read_weights(file, card)
         with self._changing():
             return self._add(file, card)
 
@@ -399,21 +317,13 @@ class WeightsStore:
                 self._activate(bundled[area])
             return fresh
 
-    def load(self, card: Card) -> Network:
-        """Return the float32 network of ``card`` in evaluation mode, on the CPU.
+    def load(self, card: Card) -> Weights:
+        """Return the tensors of ``card``, checked.
 
         Raises:
             WeightsRefused: the file is missing, changed or does not fit the network.
         """
-        return read_network(self.file(card), card)
-
-    def tensors(self, card: Card) -> bytes:
-        """Return the content of the weights file of ``card``, checked.
-
-        Raises:
-            WeightsRefused: the file is missing or changed.
-        """
-        return read_tensors(self.file(card), card)
+        return read_weights(self.file(card), card)
 
     def int8_form(self, card: Card) -> Int8Form | None:
         """Return how these weights run in int8, or None where nobody has measured it.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mura_batch.area import Area
 from mura_batch.errors import WeightsRefused
 from mura_batch.preprocessing import Preprocessing
-from mura_batch.weights import WeightsStore, read_card, read_network, sha256_of
+from mura_batch.weights import WeightsStore, read_card, read_weights, sha256_of
 from mura_batch.weights_card import (
     ARCHITECTURE,
     Card,
@@ -38,7 +38,7 @@ from mura_batch.weights_card import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mura_batch.network import Network
+    from mura_batch.tensors import Weights
 
 _MAX_BYTES = 1 << 30  # of a checkpoint; DenseNet-121 with its optimizer's state takes 85 MB
 _MAX_HEADER = 100_000_000  # bytes of JSON in front of safetensors, as their library has it
@@ -96,8 +96,8 @@ def import_checkpoint(file: Path, facts: Facts, store: WeightsStore) -> Card:
         return store.add(converted, convert(file, facts, converted))
 
 
-def load_checkpoint(file: Path, area: Area) -> tuple[Network, Card]:
-    """Return network and card of one file, a torch checkpoint or safetensors with a card.
+def load_checkpoint(file: Path, area: Area) -> tuple[Weights, Card]:
+    """Return tensors and card of one file, a torch checkpoint or safetensors with a card.
 
     The card of ``NAME.safetensors`` is ``NAME.json`` or ``card.json`` beside it, or where the
     store and the package keep theirs.
@@ -109,9 +109,9 @@ def load_checkpoint(file: Path, area: Area) -> tuple[Network, Card]:
         with tempfile.TemporaryDirectory(prefix="mura-batch-") as folder:
             converted = Path(folder) / _OUTPUT
             card = convert(file, Facts(area=area), converted)
-            return read_network(converted, card), card
+            return read_weights(converted, card), card
     card = _card_of(file, area)
-    return read_network(file, card), card
+    return read_weights(file, card), card
 
 
 def _card_of(file: Path, area: Area) -> Card:

@@ -21,7 +21,7 @@ from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, WeightsRefused
 from mura_batch.network import HybridNet
 from mura_batch.runtime import load
-from mura_batch.weights import WeightsStore, bundled_card, read_network, sha256_of
+from mura_batch.weights import WeightsStore, bundled_card, read_weights, sha256_of
 from training.start import settings_for, state_of
 
 HYBRID = "densenet121-transformer"
@@ -99,9 +99,9 @@ def test_what_does_not_fit_a_hybrid_is_refused(network: HybridNet, tmp_path: Pat
     save_file({n: t for n, t in network.state_dict().items() if t.is_floating_point()}, file)
     card = replace(bundled_card(Area.XR_HAND), sha256=sha256_of(file), architecture=HYBRID)
     with pytest.raises(Misconfigured, match="set `runtime` to auto or torch"):
-        load(lambda: read_network(file, card), card.preprocessing, runtime="openvino")
+        load(read_weights(file, card), card.preprocessing, runtime="openvino")
     with pytest.raises(WeightsRefused, match="not a DenseNet-121 with one logit"):
-        read_network(file, replace(card, architecture="densenet121"))
+        read_weights(file, replace(card, architecture="densenet121"))
     file.with_suffix(".json").write_text(card.to_json())
     assert settings_for(str(file)).architecture == HYBRID
     state = state_of(str(file))

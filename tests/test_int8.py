@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,16 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from site_home import film
+from site_home import film, make_home
 
 from mura_batch.area import Area
 from mura_batch.cli import program
 from mura_batch.errors import WeightsRefused
-from mura_batch.network import EvidenceNet
+from mura_batch.network import EvidenceNet, network_with
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime import Inference, Runtime, load, words
 from mura_batch.runtime.compiled import compiled
@@ -31,8 +34,11 @@ SPEC = Preprocessing(size=96)
 RANGES = bundled_int8_form(Area.XR_HAND).ranges
 
 
+WEIGHTS = load_bundled(Area.XR_HAND)[0]
+
+
 def network() -> EvidenceNet:
-    found = load_bundled(Area.XR_HAND)[0]
+    found = network_with(WEIGHTS)
     assert isinstance(found, EvidenceNet)
     return found
 
@@ -63,7 +69,7 @@ def test_ranges_are_of_what_comes_into_all_convolutions_but_the_first() -> None:
 def test_int8_says_nearly_what_f32_says_and_is_other_arithmetic() -> None:
     pixels = films(4)
     ranges = activation_ranges(network(), SPEC, [pixels])
-    exact, quick = (compiled(network(), SPEC, how) for how in ({}, ranges))
+    exact, quick = (compiled(WEIGHTS, SPEC, how) for how in ({}, ranges))
     assert (words(exact), words(quick)) == ("openvino f32 cpu", "openvino int8 cpu")
     true, found = score(exact, pixels), score(quick, pixels)
     assert 1e-5 < np.abs(true.logits - found.logits).max() < 0.2
@@ -71,11 +77,10 @@ def test_int8_says_nearly_what_f32_says_and_is_other_arithmetic() -> None:
 
 
 def test_channels_that_are_dead_are_no_trouble() -> None:
-    dead = network()
-    with torch.no_grad():
-        dead.features.denseblock1.denselayer1.conv1.weight[:3] = 0
-        dead.features.denseblock2.denselayer1.conv2.weight.zero_()
-    found = score(compiled(dead, SPEC, RANGES), films(1))
+    tensors = {name: tensor.copy() for name, tensor in WEIGHTS.tensors.items()}
+    tensors["features.denseblock1.denselayer1.conv1.weight"][:3] = 0
+    tensors["features.denseblock2.denselayer1.conv2.weight"][:] = 0
+    found = score(compiled(replace(WEIGHTS, tensors=tensors), SPEC, RANGES), films(1))
     assert np.isfinite(found.logits).all()
 
 
@@ -86,7 +91,7 @@ def test_auto_takes_int8_where_it_is_right_here_and_faster(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     found = load(
-        network, Preprocessing(size=320, fit="pad"), device="cpu", precision="auto", ranges=RANGES
+        WEIGHTS, Preprocessing(size=320, fit="pad"), device="cpu", precision="auto", ranges=RANGES
     )
     refused = [record.why for record in caplog.records if "int8 is not used" in record.message]
     assert found.precision == ("f32" if refused else "int8")
@@ -95,67 +100,98 @@ def test_auto_takes_int8_where_it_is_right_here_and_faster(
 def test_int8_that_is_wrong_on_this_machine_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     clipped = dict.fromkeys(RANGES, 0.01)
     with caplog.at_level(logging.WARNING):
-        found = load(network, SPEC, device="cpu", precision="auto", ranges=clipped)
+        found = load(WEIGHTS, SPEC, device="cpu", precision="auto", ranges=clipped)
     assert found.precision == "f32"
     assert any("off in the mean" in getattr(record, "why", "") for record in caplog.records)
 
 
 @pytest.mark.parametrize("how", [{"runtime": "torch", "precision": "auto"}, {"precision": "f32"}])
 def test_torch_on_a_cpu_and_who_asks_for_f32_stay_f32(how: dict[str, Any]) -> None:
-    assert load(network, SPEC, device="cpu", ranges=RANGES, **how).precision == "f32"
+    assert load(WEIGHTS, SPEC, device="cpu", ranges=RANGES, **how).precision == "f32"
 
 
 # ---- compiled once
 
 
-def never() -> EvidenceNet:
-    raise AssertionError("the network was built again")
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    def never(*_: object) -> None:
+        raise AssertionError("the network was compiled again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mura_batch.runtime.compiled.compiled", never)
+        yield
 
 
-def test_a_compiled_network_is_found_again_without_building_it(tmp_path: Path) -> None:
-    here = partial(load, spec=SPEC, device="cpu", kept=tmp_path / "own")
-    first = here(network)
-    again = here(never)
+def test_a_compiled_network_is_found_again_without_compiling_it(tmp_path: Path) -> None:
+    here = partial(load, WEIGHTS, device="cpu")
+    first = here(SPEC, kept=tmp_path / "own")
+    with nothing_compiled():
+        again = here(SPEC, kept=tmp_path / "own")
+        for spec, kept in ((replace(SPEC, size=64), "own"), (SPEC, "other")):
+            with pytest.raises(AssertionError, match="compiled again"):
+                here(spec, kept=tmp_path / kept)
     pixels = films(3)
     np.testing.assert_array_equal(score(first, pixels).logits, score(again, pixels).logits)
     assert (words(again), again.nbytes) == (words(first), first.nbytes)
-    with pytest.raises(AssertionError, match="built again"):
-        load(never, replace(SPEC, size=64), device="cpu", kept=tmp_path / "own")
-    with pytest.raises(AssertionError, match="built again"):
-        load(never, SPEC, device="cpu", kept=tmp_path / "other")
 
 
 def test_a_compiled_network_of_other_weights_is_not_taken_for_these(tmp_path: Path) -> None:
     for name in ("one", "other"):
-        load(network, SPEC, device="cpu", kept=tmp_path / name)
+        load(WEIGHTS, SPEC, device="cpu", kept=tmp_path / name)
     (one,), (other,) = ((tmp_path / name).iterdir() for name in ("one", "other"))
     one.rename(other.with_name(one.name))
     other.unlink()
-    with pytest.raises(AssertionError, match="built again"):
-        load(never, SPEC, device="cpu", kept=tmp_path / "other")
+    with nothing_compiled(), pytest.raises(AssertionError, match="compiled again"):
+        load(WEIGHTS, SPEC, device="cpu", kept=tmp_path / "other")
 
 
 def test_a_refusal_is_kept_and_told_at_every_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clipped = dict.fromkeys(RANGES, 0.01)
-    for maker in (network, never):
+    for start in (nullcontext(), nothing_compiled()):
         caplog.clear()
-        found = load(
-            maker, SPEC, device="cpu", precision="auto", ranges=clipped, kept=tmp_path / "own"
-        )
+        with start:
+            found = load(
+                WEIGHTS, SPEC, device="cpu", precision="auto", ranges=clipped, kept=tmp_path / "own"
+            )
         assert found.precision == "f32"
         assert any("off in the mean" in getattr(record, "why", "") for record in caplog.records)
 
 
 @pytest.mark.parametrize("harm", [b"", b"{}\n", b"\xff\xfe not JSON", None])
 def test_a_damaged_compiled_network_is_made_anew(harm: bytes | None, tmp_path: Path) -> None:
-    here = partial(load, spec=SPEC, device="cpu", kept=tmp_path / "own")
-    true = score(here(network), films(1)).logits
+    here = partial(load, WEIGHTS, SPEC, device="cpu", kept=tmp_path / "own")
+    true = score(here(), films(1)).logits
     (file,) = (tmp_path / "own").iterdir()
     file.write_bytes(file.read_bytes()[:-9] + b"tampered!" if harm is None else harm)
-    np.testing.assert_array_equal(score(here(network), films(1)).logits, true)
-    here(never)
+    np.testing.assert_array_equal(score(here(), films(1)).logits, true)
+    with nothing_compiled():
+        here()
+
+
+def test_the_daemon_on_openvino_imports_no_torch_at_any_start(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", runtime="openvino")
+    watch = (
+        "import sys; from mura_batch.cli import main\n"
+        "sys.argv = ['mura-batch', 'watch', '--once']\n"
+        "try:\n    main()\n"
+        "finally:\n    print('torch' in sys.modules)\n"
+    )
+    for mark, start in enumerate(("first", "later")):
+        film(home.inbox / f"XR_ELBOW/{start}/image1.png", mark)
+        done = subprocess.run(
+            [sys.executable, "-c", watch],
+            env=home.environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.endswith("False\n"), start
+    rows = json.loads(home.command("query", "--json").stdout)
+    assert [row["state"] for row in rows] == ["done", "done"]
+    assert len(list(home.path.glob("compiled/*/*"))) == 1
 
 
 # ---- its record

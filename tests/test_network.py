@@ -16,7 +16,7 @@ from torchcam.methods import GradCAM
 from torchvision.models import densenet121
 
 from mura_batch.area import Area
-from mura_batch.network import Evidence, EvidenceNet, normalise
+from mura_batch.network import Evidence, EvidenceNet, network_with, normalise
 from mura_batch.network_input import prepare
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_luminance
@@ -30,7 +30,7 @@ SAMPLES = Path(__file__).parent.parent / "mura_batch" / "samples"
 def network() -> EvidenceNet:
     """Trained weights, pooled by the mean as published."""
     pooled = EvidenceNet().eval()
-    pooled.load_state_dict(load_bundled(Area.XR_HAND)[0].state_dict())
+    pooled.load_state_dict(network_with(load_bundled(Area.XR_HAND)[0]).state_dict())
     return pooled
 
 

@@ -53,8 +53,8 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def real() -> tuple[Runtime, Card]:
-    network, card = load_bundled(Area.XR_HAND)
-    return load(lambda: network, card.preprocessing, runtime="torch", device="cpu"), card
+    weights, card = load_bundled(Area.XR_HAND)
+    return load(weights, card.preprocessing, runtime="torch", device="cpu"), card
 
 
 @pytest.fixture

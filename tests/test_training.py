@@ -30,7 +30,7 @@ from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
-from mura_batch.weights import BUNDLED, WeightsStore, bundled_card, read_card, read_network
+from mura_batch.weights import BUNDLED, WeightsStore, bundled_card, read_card, read_weights
 from mura_batch.weights_import import Facts, import_checkpoint, load_checkpoint
 from training.crossval import Fold, Record, join, score_run, study_figures
 from training.dataset import Film, Region
@@ -144,7 +144,7 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
         card = read_card(tmp_path / "bundle/cards" / f"{area}.json")
         assert card.area is area
         assert card.preprocessing == TINY.preprocessing
-        assert read_network(file, card) is not None
+        assert read_weights(file, card) is not None
     hand = read_card(tmp_path / "bundle/cards/XR_HAND.json")
     assert f"AUC {hand.metrics['study_auc'].value:.3f}" in next(iter(study_figures(kept)))
     assert hand.metrics["study_auc"].on.startswith("20 studies")

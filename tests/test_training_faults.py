@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from site_home import make_home
@@ -17,9 +18,8 @@ from tiny_atlas import TINY, write_atlas
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient
-from mura_batch.network import EvidenceNet
 from mura_batch.runtime import load
-from mura_batch.weights import bundled_card
+from mura_batch.weights import bundled_card, load_bundled
 from training.crossval import Record, cross_validate
 from training.evaluate import score_films
 from training.fit import LossIsNoNumber, fit
@@ -221,9 +221,11 @@ def test_weights_that_give_no_number_are_neither_kept_nor_measured(
     with pytest.raises(LossIsNoNumber, match="the end"):
         fit(data, tmp_path / "run", once, workers=0)
     assert not (tmp_path / "run/network.pt").exists()
-    network = EvidenceNet()
-    network.classifier.bias.data.fill_(torch.nan)
-    runtime = load(lambda: network, QUICK.preprocessing, runtime="torch", device="cpu")
+    weights = load_bundled(Area.XR_HAND)[0]
+    tensors = {**weights.tensors, "classifier.bias": np.full(1, np.nan, np.float32)}
+    runtime = load(
+        replace(weights, tensors=tensors), QUICK.preprocessing, runtime="torch", device="cpu"
+    )
     with pytest.raises(Misconfigured, match=r"labels\.csv:\d+: .*these weights say nan"):
         score_films(runtime, data.films[:2], QUICK.preprocessing)
 

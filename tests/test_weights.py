@@ -11,16 +11,19 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, NoWeights, WeightsRefused
+from mura_batch.network import network_of, network_with, weights_of
 from mura_batch.preprocessing import Preprocessing
+from mura_batch.tensors import checked, read, shapes
 from mura_batch.weights import (
     BUNDLED,
     Calibration,
@@ -29,9 +32,9 @@ from mura_batch.weights import (
     OperatingPoint,
     WeightsStore,
     bundled_card,
-    fitted,
     sha256_of,
 )
+from mura_batch.weights_card import ARCHITECTURE, ARCHITECTURES
 
 HAND, WRIST = Area.XR_HAND, Area.XR_WRIST
 BUNDLED_FILE = BUNDLED / "generalist.safetensors"
@@ -231,7 +234,7 @@ def test_an_area_without_weights_names_the_command_that_fixes_it(tmp_path: Path)
 def test_half_precision_is_stored_and_float32_is_loaded(
     store: WeightsStore, half_state: dict[str, Tensor]
 ) -> None:
-    network = store.load(store.require(WRIST))
+    network = network_with(store.load(store.require(WRIST)))
     assert not network.training
     for name, tensor in half_state.items():
         loaded = network.state_dict()[name]
@@ -430,7 +433,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(half_state: dict[str, Tenso
     def refused(**changes: Tensor | None) -> str:
         state = {**half_state, **{k.replace("__", "."): v for k, v in changes.items()}}
         with pytest.raises(WeightsRefused) as caught:
-            fitted({name: tensor for name, tensor in state.items() if tensor is not None})
+            read(save({n: t for n, t in state.items() if t is not None}), ARCHITECTURE)
         return str(caught.value)
 
     bias, variance = "classifier__bias", "features__norm0__running_var"
@@ -441,7 +444,12 @@ def test_tensors_that_do_not_fit_are_refused_by_name(half_state: dict[str, Tenso
     )
     for value in (float("nan"), float("inf")):
         assert "NaN or infinite: classifier.bias" in refused(**{bias: torch.tensor([value])})
-    assert "no floats: classifier.bias" in refused(**{bias: torch.tensor([1])})
+    for kind in (torch.int64, torch.bool, torch.float8_e4m3fn):
+        told = refused(**{bias: torch.ones(1, dtype=kind)})
+        assert "no floats of 16, 32 or 64 bits: classifier.bias" in told
+    huge = torch.tensor([1e300], dtype=torch.float64)
+    assert "NaN or infinite: classifier.bias" in refused(**{bias: huge})
+    assert "not a safetensors file" in refused(**{bias: torch.ones([1] * 65)})
     assert "negative variances: features.norm0.running_var" in refused(
         **{variance: -torch.ones(64)}
     )
@@ -451,4 +459,23 @@ def test_of_many_wrong_names_the_first_are_named_and_the_rest_counted() -> None:
     with pytest.raises(
         WeightsRefused, match=r"classifier\.bias, classifier\.weight.* and 601 more"
     ):
-        fitted({})
+        checked({}, ARCHITECTURE)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_tensors_of_an_architecture_are_those_of_its_network(architecture: str) -> None:
+    state = network_of(architecture).state_dict()
+    assert shapes(architecture) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_of_any_float_precision_are_read_as_torch_reads_them(kind: torch.dtype) -> None:
+    torch.manual_seed(5)
+    state = network_of(ARCHITECTURE).state_dict()
+    state = {n: t.to(kind) for n, t in state.items() if t.is_floating_point()}
+    found = read(save(state), ARCHITECTURE)
+    assert found.tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(found.tensors[name].astype(np.float32), tensor.float())
+    same = weights_of(state, ARCHITECTURE)
+    assert found.nbytes == same.nbytes == sum(tensor.nbytes for tensor in same.tensors.values())

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
+from mura_batch.network import network_with
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.weights import BUNDLED, WeightsStore, bundled_card, load_bundled, sha256_of
 from mura_batch.weights_fetch import Patience, _NoDowngrade, _use_unless_own, download, fetch
@@ -396,7 +397,9 @@ def store(tmp_path: Path) -> WeightsStore:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("published") / "file.pt"
-    torch.save({"model_state": load_bundled(HAND)[0].state_dict(), "img_size": 224}, file)
+    torch.save(
+        {"model_state": network_with(load_bundled(HAND)[0]).state_dict(), "img_size": 224}, file
+    )
     return file.read_bytes()
 
 

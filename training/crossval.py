@@ -17,8 +17,8 @@ from typing import Any
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, WeightsRefused
+from mura_batch.network import weights_of
 from mura_batch.runtime import Runtime, load
-from mura_batch.weights import fitted
 from training.dataset import ALL_AREAS, Dataset, Film
 from training.evaluate import FilmScore, by_study, cases_of, check_readable, score_films
 from training.fit import fit
@@ -286,8 +286,8 @@ def load_run(run: Path, device: str = "cpu") -> Runtime:
         Misconfigured: its files are damaged.
     """
     settings = read_settings(run / "run.json")
-    network = fitted(made_by(run), settings.architecture)
-    return load(lambda: network, settings.preprocessing, device=device)
+    weights = weights_of(made_by(run), settings.architecture)
+    return load(weights, settings.preprocessing, device=device)
 
 
 def _fold(name: str, run: Path) -> Fold:

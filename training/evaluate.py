@@ -14,12 +14,12 @@ from tqdm import tqdm
 from mura_batch.area import Area
 from mura_batch.config import load as load_settings
 from mura_batch.errors import Misconfigured
-from mura_batch.network import Network
 from mura_batch.network_input import Luminance, NetworkInput
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.scoring import sigmoid
+from mura_batch.tensors import Weights
 from mura_batch.weights import WeightsStore, load_bundled
 from mura_batch.weights_card import Calibration, Card, PointName
 from training.dataset import ALL_AREAS, Film
@@ -110,8 +110,8 @@ def evaluate_areas(
     for area, card in cards.items():  # all of them before the first is scored
         check_readable(of_area[area], card.preprocessing)
     scores: dict[str, list[FilmScore]] = {}
-    for area, (network, card) in weights.items():
-        runtime = load(lambda it=network: it, card.preprocessing)  # type: ignore[misc]
+    for area, (tensors, card) in weights.items():
+        runtime = load(tensors, card.preprocessing)
         scores[area] = score_films(runtime, of_area[area], card.preprocessing)
     groups = dict(scores)
     if len(scores) > 1 and len({_same(card) for card in cards.values()}) == 1:
@@ -127,7 +127,7 @@ def evaluate_areas(
     return Findings(tuple(evaluations), studies, every, cards)
 
 
-def _weights(area: Area, home: Path | None, digest: str | None) -> tuple[Network, Card]:
+def _weights(area: Area, home: Path | None, digest: str | None) -> tuple[Weights, Card]:
     if home is None:
         if digest is not None:
             raise Misconfigured("Name the home that has these weights, with --home.")

@@ -16,9 +16,10 @@ from torch import Tensor
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
 from mura_batch.errors import Misconfigured
+from mura_batch.network import weights_of
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime import Runtime, load
-from mura_batch.weights import fitted, sha256_of
+from mura_batch.weights import sha256_of
 from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint, Origin
 from training.calibration import POINTS, cross_fitted_rates, fit_calibration, thresholds
 from training.crossval import Record
@@ -167,7 +168,8 @@ def _cards(
     notes = _NOTES.format(folds=len(record.folds))
     spec = settings.preprocessing
     if spec.enough is not None:
-        runtime = load(fitted(half, settings.architecture), spec, runtime="torch", device="cpu")
+        weights = weights_of(half, settings.architecture)
+        runtime = load(weights, spec, runtime="torch", device="cpu")
         notes += _decoded(runtime, films, spec, spec.enough)
     origins = Origins(
         training_data=_TRAINED_ON.format(

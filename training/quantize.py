@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mura_batch.area import Area
 from mura_batch.errors import Misconfigured
-from mura_batch.network import EvidenceNet
+from mura_batch.network import EvidenceNet, network_with
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from mura_batch.runtime.quantization import activation_ranges
@@ -84,7 +84,8 @@ def quantize(store: WeightsStore, card: Card, sample: Sample) -> Int8Form:
         from mura_batch.runtime.compiled import compiled  # noqa: PLC0415 - an extra
     except ImportError as exc:
         raise Misconfigured("int8 needs OpenVINO: pip install 'mura-batch[openvino]'.") from exc
-    network, spec = store.load(card), card.preprocessing
+    weights, spec = store.load(card), card.preprocessing
+    network = network_with(weights)
     if not isinstance(network, EvidenceNet):
         raise Misconfigured("OpenVINO cannot run a hybrid network, so it has no int8 form.")
     cards = {str(one.area): one for one in store.cards() if one.sha256 == card.sha256}
@@ -93,7 +94,7 @@ def quantize(store: WeightsStore, card: Card, sample: Sample) -> Int8Form:
     )
     ranges = activation_ranges(network, spec, _batches(calibrating, spec))
     exact, quick = (
-        _Said.of(score_films(compiled(network, spec, how), checked, spec), cards)
+        _Said.of(score_films(compiled(weights, spec, how), checked, spec), cards)
         for how in ({}, ranges)
     )
     known = sample.labelled and len(set(exact.labels.tolist())) > 1

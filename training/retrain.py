@@ -22,6 +22,7 @@ import torch
 from mura_batch.area import Area
 from mura_batch.config import Settings
 from mura_batch.errors import Misconfigured
+from mura_batch.network import network_with
 from mura_batch.runtime import load
 from mura_batch.weights import Card, WeightsStore
 from training.crossval import score_run
@@ -103,7 +104,7 @@ def retrain(site: Settings, area: Area, data: Dataset, plan: Plan) -> Retrained:
     base, start = FitSettings(), None
     if before is not None:
         base = two_phases(before.preprocessing, before.architecture)
-        start = store.load(before).state_dict()
+        start = network_with(store.load(before)).state_dict()
     if plan.epochs is not None:
         base = replace(base, stages=(Stage(base.preprocessing.size, plan.epochs),))
     check_readable(seen, base.preprocessing)  # before hours of training
@@ -239,7 +240,7 @@ def _gain(
     new: Cases, store: WeightsStore, before: Card, films: list[Film], device: str
 ) -> Estimate:
     """Return the paired difference of the study AUCs of the new weights and those in use."""
-    runtime = load(lambda: store.load(before), before.preprocessing, device=device)
+    runtime = load(store.load(before), before.preprocessing, device=device)
     old = _cases(score_films(runtime, films, before.preprocessing))
     return difference(new, old, roc_auc)
 

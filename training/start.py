@@ -16,14 +16,8 @@ from torchvision.models import DenseNet121_Weights, densenet121
 from mura_batch.area import Area
 from mura_batch.config import load as load_settings
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
-from mura_batch.weights import (
-    Card,
-    WeightsStore,
-    bundled_card,
-    fitted,
-    load_bundled,
-    read_card,
-)
+from mura_batch.network import network_with, weights_of
+from mura_batch.weights import Card, WeightsStore, bundled_card, load_bundled, read_card
 from mura_batch.weights_card import ARCHITECTURE
 from training.run_folder import UNREADABLE, read_settings
 from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
@@ -108,7 +102,7 @@ def state_of(start: str) -> Mapping[str, Tensor] | None:
     if start == "imagenet":
         return _imagenet()
     if start == "bundled":
-        return load_bundled(Area.XR_HAND)[0].state_dict()
+        return network_with(load_bundled(Area.XR_HAND)[0]).state_dict()
     return _of_file(Path(start))
 
 
@@ -145,6 +139,6 @@ def _of_file(file: Path) -> Mapping[str, Tensor]:
     hybrid = "encoder.layers.0.linear1.weight" in state
     architecture = "densenet121-transformer" if hybrid else ARCHITECTURE
     try:
-        return fitted(state, architecture).state_dict()
+        return network_with(weights_of(state, architecture)).state_dict()
     except WeightsRefused as exc:
         raise Misconfigured(f"{file} holds another network: {exc}") from exc

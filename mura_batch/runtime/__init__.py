@@ -1,14 +1,13 @@
 """The same network on several runtimes; each takes uint8 luminance and normalises by itself.
 
-Torch is imported where it computes and where a graph is built, not to score with a network that
-was compiled before.
+Torch is imported only where it computes.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +18,7 @@ from mura_batch.runtime.inference import Inference, OutOfMemory, Runtime, words
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mura_batch.network import Network
+    from mura_batch.tensors import Weights
 
 __all__ = ["Inference", "OutOfMemory", "Runtime", "load", "words"]
 
@@ -27,7 +26,7 @@ _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' 
 
 
 def load(
-    network: Callable[[], Network],
+    weights: Weights,
     spec: Preprocessing,
     *,
     runtime: str = "auto",
@@ -39,7 +38,7 @@ def load(
     """Make a network ready to score.
 
     Args:
-        network: makes it, with its weights, on the CPU; it belongs to the runtime from then on.
+        weights: of the network; they stay as they are.
         spec: the preprocessing from the weights' card: size, mean, standard deviation.
         runtime: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is
             installed, else torch. The hybrid's map needs gradients, so torch runs it.
@@ -65,30 +64,27 @@ def load(
             " set `runtime` to auto or torch, or `device` to cpu"
         )
     if runtime == "torch" or found != "cpu":
-        return _on_torch(network(), spec, found, precision)
+        return _on_torch(weights, spec, found, precision)
     ranges = ranges if precision == "auto" else {}
     try:
         from mura_batch.runtime.compiled import fastest, recalled  # noqa: PLC0415 - an extra
     except ImportError as exc:
         if runtime == "auto":
-            return _on_torch(network(), spec, found, precision)
+            return _on_torch(weights, spec, found, precision)
         raise Misconfigured(
             "the openvino runtime is not installed: pip install 'mura-batch[openvino]',"
             " or set `runtime` to auto or torch"
         ) from exc
-    if kept and (warm := recalled(kept, spec, ranges)):
-        return warm
-    made = network()
-    from mura_batch.network import EvidenceNet  # noqa: PLC0415 - torch takes seconds to import
-
-    if not isinstance(made, EvidenceNet):
+    if weights.pooling is None:
         if runtime == "auto":
-            return _on_torch(made, spec, found, precision)
+            return _on_torch(weights, spec, found, precision)
         raise Misconfigured(
             "the openvino runtime has no gradients, which the map of a hybrid network needs: set"
             " `runtime` to auto or torch"
         )
-    return fastest(made, spec, ranges, kept)
+    if kept and (warm := recalled(kept, spec, ranges)):
+        return warm
+    return fastest(weights, spec, ranges, kept)
 
 
 def _found(device: str) -> str:
@@ -101,11 +97,13 @@ def _found(device: str) -> str:
     return find_device(device)
 
 
-def _on_torch(network: Network, spec: Preprocessing, device: str, precision: str) -> Runtime:
+def _on_torch(weights: Weights, spec: Preprocessing, device: str, precision: str) -> Runtime:
+    from mura_batch.network import network_with  # noqa: PLC0415 - torch takes seconds to import
+    from mura_batch.runtime.torch_runtime import TorchRuntime  # noqa: PLC0415 - likewise
+
     if device.startswith("cuda"):
-        from mura_batch.runtime.cuda_runtime import cuda_runtime  # noqa: PLC0415 - torch, seconds
+        from mura_batch.runtime.cuda_runtime import cuda_runtime  # noqa: PLC0415 - likewise
 
-        return cuda_runtime(network, spec, device, exact=precision == "f32")
-    from mura_batch.runtime.torch_runtime import TorchRuntime  # noqa: PLC0415 - torch takes seconds to import
+        return cuda_runtime(network_with(weights), spec, device, exact=precision == "f32")
 
-    return TorchRuntime(network, spec, device)
+    return TorchRuntime(network_with(weights), spec, device)

@@ -1,7 +1,6 @@
 """Networks compiled by OpenVINO: the fastest form that is right on this machine, kept on disk.
 
-To compile takes seconds, and the torch that builds the graph takes seconds to import; a start that
-finds its network compiled does neither.
+To compile takes seconds; a start that finds its network compiled does not.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from mura_batch import tensors
 from mura_batch.atomic import write_atomic
 from mura_batch.preprocessing import Preprocessing
+from mura_batch.runtime import openvino_graph
 from mura_batch.runtime.choice import refusal
 from mura_batch.runtime.inference import Precision, memory_watched
 from mura_batch.runtime.openvino_runtime import SETTINGS, OpenVinoRuntime, openvino
-
-if TYPE_CHECKING:
-    from mura_batch.network import EvidenceNet
+from mura_batch.tensors import Weights
 
 log = logging.getLogger(__name__)
 
 _REFUSED = "int8 is not used on this machine"
 _MONTH = 30 * 24 * 3600.0
 _ENDING = ".compiled"
-_SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("openvino_graph", "compiled")]
+_SOURCES = [Path(file) for file in (__file__, openvino_graph.__file__, tensors.__file__)]
 
 # Memory of a warm network in sizes of its f32 weights (measured, two streams, side of 320 pixels):
 # it packs them for the processor, and each stream has room for one view.
@@ -64,14 +63,14 @@ def recalled(
 
 
 def fastest(
-    network: EvidenceNet, spec: Preprocessing, ranges: Mapping[str, float], kept: Path | None
+    weights: Weights, spec: Preprocessing, ranges: Mapping[str, float], kept: Path | None
 ) -> OpenVinoRuntime:
     """Return the network in int8, where it has ``ranges``, is right and is faster; else in f32."""
     why = ""
     with memory_watched(0, OpenVinoRuntime.device):
-        made = compiled(network, spec)
+        made = compiled(weights, spec)
         if ranges:
-            quick = compiled(network, spec, ranges)
+            quick = compiled(weights, spec, ranges)
             if why := refusal(quick, made, spec):
                 log.warning(_REFUSED, extra={"why": why})
             else:
@@ -82,15 +81,13 @@ def fastest(
 
 
 def compiled(
-    network: EvidenceNet, spec: Preprocessing, ranges: Mapping[str, float] = MappingProxyType({})
+    weights: Weights, spec: Preprocessing, ranges: Mapping[str, float] = MappingProxyType({})
 ) -> OpenVinoRuntime:
     """Compile a network, in int8 where ``ranges`` say how; whether that is right is not asked."""
-    from mura_batch.runtime.openvino_graph import openvino_model  # noqa: PLC0415 - torch, seconds
-
     precision: Precision = "int8" if ranges else "f32"
-    model = _core().compile_model(openvino_model(network, spec, ranges), "CPU", SETTINGS)
-    size = sum(tensor.nbytes for tensor in network.state_dict().values())
-    return OpenVinoRuntime(model, precision, _KEPT[precision] * size)
+    graph = openvino_graph.openvino_model(weights, spec, ranges)
+    model = _core().compile_model(graph, "CPU", SETTINGS)
+    return OpenVinoRuntime(model, precision, _KEPT[precision] * weights.nbytes)
 
 
 def _file(kept: Path, spec: Preprocessing, ranges: Mapping[str, float]) -> Path:
