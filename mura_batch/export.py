@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
 from mura_batch.atomic import write_atomic
 from mura_batch.errors import Misconfigured
 from mura_batch.records import IMAGE_FIELDS, STUDY_FIELDS, Filters
-from mura_batch.results import Results
+from mura_batch.results import Block, Results
 
-Row = Sequence[Any]  # JSON values in the order of the fields
-
-_GROUP = 5000  # rows of a Parquet row group: what is in memory at a time
+_END = "\r\n"
+_QUOTED = re.compile('[,"\r\n]')
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 _FREE = {"study_uid", "accession", "source", "reason", "image", "error"}  # may hold any text
 _WHOLE_NUMBERS = {"revision", "views", "views_failed"}
@@ -44,58 +42,66 @@ def export(
     if not target.absolute().parent.is_dir():
         raise Misconfigured(f"{target.absolute().parent}: no such folder; make it first.")
     images = level == "image"
-    rows = _Counted(results.values(filters, images=images))
+    blocks = _Counted(results.blocks(filters, images=images))
     write_atomic(
-        target, lambda stream: writer(rows, IMAGE_FIELDS if images else STUDY_FIELDS, stream)
+        target, lambda stream: writer(blocks, IMAGE_FIELDS if images else STUDY_FIELDS, stream)
     )
-    return rows.count
+    return blocks.rows
 
 
-def write_csv(rows: Iterable[Row], fields: tuple[str, ...], stream: TextIO) -> None:
-    """Write rows as CSV with a header (RFC 4180); text cells are safe for spreadsheets."""
-    writer = csv.writer(stream)
-    writer.writerow(fields)
-    free = [place for place, name in enumerate(fields) if name in _FREE]
-    writer.writerows(_safe(row, free) for row in rows)
+def write_csv(blocks: Iterable[Block], fields: tuple[str, ...], stream: TextIO) -> None:
+    """Write rows as CSV with a header (RFC 4180); text cells are safe for spreadsheets.
+
+    A column at a time, which takes half as long as a writer of rows.
+    """
+    stream.write(",".join(fields) + _END)
+    for block in blocks:
+        columns = [_cells(name, block[name]) for name in fields]
+        lines = map(",".join, zip(*columns, strict=True))
+        stream.write(_END.join(lines) + _END)
 
 
 class _Counted:
-    """Rows, counted as they pass."""
+    """Blocks, whose rows are counted as they pass."""
 
-    def __init__(self, rows: Iterator[Row]) -> None:
-        self.count = 0
-        self._rows = rows
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self.rows = 0
+        self._blocks = blocks
 
-    def __iter__(self) -> Iterator[Row]:
-        for row in self._rows:
-            self.count += 1
-            yield row
+    def __iter__(self) -> Iterator[Block]:
+        for block in self._blocks:
+            self.rows += len(next(iter(block.values())))
+            yield block
 
 
-def _safe(row: Row, free: Sequence[int]) -> Row:
-    """Put an apostrophe before what a spreadsheet would take for a formula."""
-    if not any(row[place] and row[place].startswith(_FORMULA) for place in free):
-        return row
-    cells = list(row)
-    for place in free:
-        if cells[place] and cells[place].startswith(_FORMULA):
-            cells[place] = "'" + cells[place]
+def _cells(name: str, column: Sequence[Any]) -> Sequence[str]:
+    """Return a column as it stands in a CSV."""
+    if name in _NUMBERS | _WHOLE_NUMBERS:
+        return ["" if value is None else repr(value) for value in column]
+    cells = [text or "" for text in column]
+    if name in _FREE:
+        cells = ["'" + text if text.startswith(_FORMULA) else text for text in cells]
+    if _QUOTED.search("".join(cells)):
+        return [
+            '"' + text.replace('"', '""') + '"' if _QUOTED.search(text) else text for text in cells
+        ]
     return cells
 
 
-def _csv(rows: Iterable[Row], fields: tuple[str, ...], stream: BinaryIO) -> None:
+def _csv(blocks: Iterable[Block], fields: tuple[str, ...], stream: BinaryIO) -> None:
     text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-    write_csv(rows, fields, text)
+    write_csv(blocks, fields, text)
     text.detach()  # flushes; the stream stays open for its owner
 
 
-def _json_lines(rows: Iterable[Row], fields: tuple[str, ...], stream: BinaryIO) -> None:
-    for row in rows:
-        line = json.dumps(dict(zip(fields, row, strict=True)), ensure_ascii=False)
-        stream.write(line.encode() + b"\n")
+def _json_lines(blocks: Iterable[Block], fields: tuple[str, ...], stream: BinaryIO) -> None:
+    for block in blocks:
+        for row in zip(*(block[name] for name in fields), strict=True):
+            line = json.dumps(dict(zip(fields, row, strict=True)), ensure_ascii=False)
+            stream.write(line.encode() + b"\n")
 
 
-def _parquet(rows: Iterable[Row], fields: tuple[str, ...], stream: BinaryIO) -> None:
+def _parquet(blocks: Iterable[Block], fields: tuple[str, ...], stream: BinaryIO) -> None:
     import pyarrow as pa  # noqa: PLC0415 - costs a fifth of a second that the others need not pay
     import pyarrow.parquet as pq  # noqa: PLC0415 - likewise
 
@@ -106,18 +112,17 @@ def _parquet(rows: Iterable[Row], fields: tuple[str, ...], stream: BinaryIO) -> 
     kinds = [types.get(name, pa.string()) for name in fields]
     schema = pa.schema(zip(fields, kinds, strict=True))
     with pq.ParquetWriter(stream, schema) as writer:
-        following = iter(rows)
-        while group := list(islice(following, _GROUP)):
+        for block in blocks:
             columns = [
-                pa.array(column, pa.string()).cast(kind)
+                pa.array(block[name], pa.string()).cast(kind)
                 if kind == moments
-                else pa.array(column, kind)
-                for column, kind in zip(zip(*group, strict=True), kinds, strict=True)
+                else pa.array(block[name], kind)
+                for name, kind in zip(fields, kinds, strict=True)
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
-_Writer = Callable[[Iterable[Row], tuple[str, ...], BinaryIO], None]
+_Writer = Callable[[Iterable[Block], tuple[str, ...], BinaryIO], None]
 _WRITERS: dict[str, _Writer] = {
     ".csv": _csv,
     ".parquet": _parquet,

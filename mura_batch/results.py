@@ -11,14 +11,24 @@ import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime
+from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 from mura_batch.area import Area
 from mura_batch.config import NOTICE
-from mura_batch.reader import Reader, SqliteReader, clean, iso_utc, json_object, moment, sqlite_path
+from mura_batch.reader import (
+    Ask,
+    Reader,
+    SqliteReader,
+    clean,
+    iso_utc,
+    json_object,
+    moment,
+    sqlite_path,
+)
 from mura_batch.records import (
     IMAGE_ONLY_FIELDS,
     STUDY_FIELDS,
@@ -33,11 +43,16 @@ from mura_batch.records import (
     Work,
 )
 
+Block = dict[str, Sequence[Any]]
+"""Rows by the column: the JSON values of each of ``STUDY_FIELDS`` or ``IMAGE_FIELDS``."""
+
 HEX = re.compile("[0-9a-f]+")  # what ids and digests are written in
 _STUDY_COLUMNS = len(STUDY_FIELDS) - 1  # the notice is no column
 _MOMENTS = tuple(STUDY_FIELDS.index(name) for name in ("received_at", "scored_at"))
 _VIEW = slice(_STUDY_COLUMNS + 1, _STUDY_COLUMNS + 6)  # after the column that rows are sorted by
 _EVENTS = "SELECT at, study_id, what, detail FROM events WHERE study_id = :study ORDER BY id"
+_DIGEST = 64  # digits of a whole one
+_BLOCK = 5000  # rows of a block: what is in memory at a time
 _LABELS = "SELECT study_id, label, area, by, at FROM labels ORDER BY study_id, area"
 
 
@@ -78,7 +93,7 @@ class Results:
         """Yield one row a study and area, newest arrival first; superseded revisions (with
         ``history``) follow their successors. Streams: the database is read as rows are taken.
         """
-        with closing(self._rows(_study_parts(filters), _ROW_ORDER, filters)) as rows:
+        with closing(self._rows(filters)) as rows:
             yield from map(_study_row, rows)
 
     def images(self, filters: Filters = Filters()) -> Iterator[ImageRow]:  # noqa: B008 - frozen
@@ -86,30 +101,29 @@ class Results:
 
         An area without a result has a row for each file of its study instead.
         """
-        with closing(self._rows(_image_parts(filters), _IMAGE_ORDER, filters)) as rows:
+        with closing(self._rows(filters, images=True)) as rows:
             for row in rows:
                 yield ImageRow(_study_row(row), *row[_VIEW])
 
-    def values(
+    def blocks(
         self,
         filters: Filters = Filters(),  # noqa: B008 - frozen
         *,
         images: bool = False,
-    ) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows of :meth:`query` or :meth:`images` as JSON values, in the order of
-        ``STUDY_FIELDS`` or ``IMAGE_FIELDS``: for many of them, without a record for each.
+    ) -> Iterator[Block]:
+        """Yield the rows of :meth:`query` or :meth:`images` by the block: for many of them,
+        without a record for each.
         """
-        parts, order = (
-            (_image_parts(filters), _IMAGE_ORDER) if images else (_study_parts(filters), _ROW_ORDER)
-        )
-        with closing(self._rows(parts, order, filters)) as rows:
-            if not images:
-                yield from map(_study_values, rows)
-                return
-            for row in rows:
-                told = dict(zip(STUDY_FIELDS, _study_values(row), strict=True))
-                told |= zip(IMAGE_ONLY_FIELDS, row[_VIEW], strict=True)
-                yield tuple(told.values())
+        with closing(self._rows(filters, images=images)) as rows:
+            while some := list(islice(rows, _BLOCK)):
+                columns: list[Sequence[Any]] = list(zip(*some, strict=True))
+                for place in _MOMENTS:
+                    columns[place] = [iso_utc(at) for at in columns[place]]
+                told = [*columns[:_STUDY_COLUMNS], (NOTICE,) * len(some)]
+                block = dict(zip(STUDY_FIELDS, told, strict=True))
+                if images:
+                    block |= zip(IMAGE_ONLY_FIELDS, columns[_VIEW], strict=True)
+                yield block
 
     def events(self, study_id: str) -> list[EventRow]:
         """Return what happened to a study, oldest first."""
@@ -130,22 +144,22 @@ class Results:
 
     def counts(self, since: datetime) -> Counts:
         """Count the rows in each state, the queue, and what was scored since a moment."""
-        under_way = {"queued": Work.QUEUED, "running": Work.RUNNING}
         with self._reader.reading() as ask:
+            ((studies, rows),) = ask(_HOW_MANY, {})
             work = {Work(row[0]): row for row in ask(_BY_WORK, {})}
-            states = Counter({State(state): count for state, count in ask(_BY_STATE, {})})
-            for doing, settled, count in ask(_UNDER_WAY, under_way):
+            states = Counter({State(state): count for state, count in ask(_NOT_DONE, {})})
+            states[State.DONE] = rows - states.total()
+            for doing, settled, count in ask(_UNDER_WAY_BY_STATE, {}):
                 states[State(settled)] -= count
                 states[State(doing)] += count
             ((made, views),) = ask(_SCORED_SINCE, {"since": since})
             ((last,),) = ask("SELECT max(scored_at) FROM results", {})
-        waiting = [work[doing][2] for doing in (Work.QUEUED, Work.RUNNING) if doing in work]
         return Counts(
             states=+states,
-            studies=sum(row[1] for row in work.values()),
+            studies=studies,
             queued=work[Work.QUEUED][1] if Work.QUEUED in work else 0,
             running=work[Work.RUNNING][1] if Work.RUNNING in work else 0,
-            oldest=moment(min(waiting, default=None)),
+            oldest=moment(min((row[2] for row in work.values()), default=None)),
             results=made,
             views=views,
             last_scored_at=moment(last),
@@ -153,27 +167,21 @@ class Results:
 
     def stale(self, active: Mapping[Area, str]) -> int:
         """Count current results of other weights than their area's active ones."""
-        tables = "readings JOIN results ON results.id = readings.result_id"
+        sql = _select([_SHOWN], "weights", [is_stale("weights.area", "weights.digest", active)])
         with self._reader.reading() as ask:
-            ((count,),) = ask(
-                _select(["count(*)"], tables, [is_stale(active)]), active_values(active)
-            )
-        return int(count)
+            return sum(count for (count,) in ask(sql, active_values(active)))
 
-    def _rows(self, parts: Sequence[str], order: str, filters: Filters) -> Generator[Sequence[Any]]:
-        """Run the parts as one statement, in the rows' order."""
-        together = " UNION ALL ".join(parts)
-        sql = together if len(parts) == 1 else f"SELECT * FROM ({together}) AS parts"
-        limit = "" if filters.limit is None else " LIMIT :limit"
+    def _rows(self, filters: Filters, *, images: bool = False) -> Generator[Sequence[Any]]:
         with self._reader.reading(stream=True) as ask:
-            yield from ask(f"{sql} ORDER BY {order}{limit}", filter_values(filters))
+            chosen = _with_whole_digest(filters, ask)
+            yield from ask(_rows_sql(chosen, images=images), filter_values(chosen))
 
 
 # ---- what filters ask, also of the studies that a rerun chooses
 
 
 def conditions(filters: Filters, *, images: bool = False) -> list[str]:
-    """Return what the filters ask of a join of readings, results and studies.
+    """Return what the filters ask of readings.
 
     What the conditions bind is :func:`filter_values`. With ``images`` what concerns a view (its
     probability, its error) is left to the views.
@@ -181,9 +189,11 @@ def conditions(filters: Filters, *, images: bool = False) -> list[str]:
     wanted = _of_both("readings", filters, images=images)
     wanted += _received("readings.received_at", filters)
     if filters.state in {State.QUEUED, State.RUNNING}:
-        wanted.append("studies.work = :state")
+        wanted.append("readings.study_id IN (SELECT id FROM studies WHERE work = :state)")
     elif filters.state is not None:
-        wanted += ["readings.state = :state", _SETTLED]
+        wanted += ["readings.state = :state", _AT_REST]
+        if filters.state is not State.DONE:
+            wanted.append(NOT_DONE)
     if filters.reason is not None and not images:
         wanted.append("readings.reason_code = :reason")
     return wanted
@@ -199,14 +209,21 @@ def filter_values(filters: Filters) -> dict[str, object]:
     return values
 
 
-def is_stale(active: Mapping[Area, str]) -> str:
-    """A reading's result has other weights than its area's active ones; needs both tables.
+def _with_whole_digest(filters: Filters, ask: Ask) -> Filters:
+    """Return the filters with all of the weights digest that they name by its beginning alone."""
+    if filters.weights is None:
+        return filters
+    begins = _begins("digest", "weights", filters.weights)
+    found = list(ask(f"SELECT DISTINCT digest FROM weights WHERE {begins}", filter_values(filters)))
+    return replace(filters, weights=found[0][0]) if len(found) == 1 else filters
+
+
+def is_stale(area: str, weights: str, active: Mapping[Area, str]) -> str:
+    """Weights, by their column, are others than the active ones of the area in its column.
 
     What it binds is :func:`active_values`.
     """
-    each = [
-        f"results.area = :area_{n} AND results.weights <> :active_{n}" for n in range(len(active))
-    ]
+    each = [f"{area} = :area_{n} AND {weights} <> :active_{n}" for n in range(len(active))]
     return f"({' OR '.join(each)})" if each else "FALSE"
 
 
@@ -219,9 +236,14 @@ def active_values(active: Mapping[Area, str]) -> dict[str, str]:
 
 
 def _begins(column: str, name: str, start: str) -> str:
-    """Hexadecimal text begins with ``start``, as a range that an index can serve."""
+    """Hexadecimal text begins with ``start``, as a range that an index can serve.
+
+    A whole digest is asked for as such: an index then gives its rows in their order.
+    """
     if not HEX.fullmatch(start):
         return "FALSE"
+    if len(start) == _DIGEST:
+        return f"{column} = :{name}"
     return f"({column} >= :{name} AND {column} < :{name}_end)"
 
 
@@ -244,10 +266,10 @@ def _of_both(table: str, filters: Filters, *, images: bool) -> list[str]:
     if filters.area is not None:
         wanted.append(f"{table}.area = :area")
     if filters.decision is not None:
-        wanted.append("results.decision = :decision")
+        wanted.append(f"{table}.decision = :decision")
     if filters.weights is not None:
-        wanted.append(_begins("results.weights", "weights", filters.weights))
-    return wanted if images else wanted + _probable("results.probability", filters)
+        wanted.append(_begins(f"{table}.weights", "weights", filters.weights))
+    return wanted if images else wanted + _probable(f"{table}.probability", filters)
 
 
 def _received(at: str, filters: Filters) -> list[str]:
@@ -307,10 +329,21 @@ def _row_columns(of: str, *, state: str, reason: str, received_at: str) -> tuple
     )
 
 
+def _rows_sql(filters: Filters, *, images: bool) -> str:
+    """Return the parts as one statement, in the rows' order."""
+    parts = _image_parts(filters) if images else _study_parts(filters)
+    together = " UNION ALL ".join(parts)
+    sql = together if len(parts) == 1 else f"SELECT * FROM ({together}) AS parts"
+    order = ["received_at DESC", "study DESC", "sort_area"]  # as the indexes have it, from the end
+    order += ["revision DESC"] * filters.history + ["sort_view"] * images
+    limit = "" if filters.limit is None else " LIMIT :limit"
+    return f"{sql} ORDER BY {', '.join(order)}{limit}"
+
+
 def _study_parts(filters: Filters) -> list[str]:
-    parts = [_select(_CURRENT, _CURRENT_TABLES, conditions(filters))]
+    parts = [_select(_CURRENT, "readings" + _OF_READINGS, conditions(filters))]
     if filters.history:
-        parts.append(_select(_SUPERSEDED, _SUPERSEDED_TABLES, _of_superseded(filters)))
+        parts.append(_select(_SUPERSEDED, "results" + _OF_RESULTS, _of_superseded(filters)))
     return parts
 
 
@@ -323,24 +356,15 @@ def _image_parts(filters: Filters) -> list[str]:
         current.append("(views.error_code = :reason OR readings.reason_code = :reason)")
         superseded.append("views.error_code = :reason")
     parts = [
-        _select((*_CURRENT, *_OF_VIEW), _CURRENT_TABLES + _VIEWS, current),
-        _select((*_CURRENT, *_OF_FILE), _CURRENT_TABLES + _FILES, conditions(filters) + _UNSCORED),
+        _select((*_CURRENT, *_OF_VIEW), _READINGS_VIEWS + _OF_READINGS, current),
+        _select(
+            (*_CURRENT, *_OF_FILE), _READINGS_FILES + _OF_READINGS, conditions(filters) + _UNSCORED
+        ),
     ]
     if filters.history:
         columns = (*_SUPERSEDED, *_OF_VIEW)
-        parts.append(_select(columns, _SUPERSEDED_TABLES + _VIEWS, superseded))
+        parts.append(_select(columns, _RESULTS_VIEWS + _OF_RESULTS, superseded))
     return parts
-
-
-def _study_values(row: Sequence[Any]) -> tuple[Any, ...]:
-    received, scored = _MOMENTS
-    return (
-        *row[:received],
-        iso_utc(row[received]),
-        iso_utc(row[scored]),
-        *row[scored + 1 : _STUDY_COLUMNS],
-        NOTICE,
-    )
 
 
 def _study_row(row: Sequence[Any]) -> StudyRow:
@@ -350,15 +374,20 @@ def _study_row(row: Sequence[Any]) -> StudyRow:
     return StudyRow(*told)
 
 
+NOT_DONE = f"readings.state <> '{State.DONE}'"  # said beside a state, for the partial index
 _SETTLED = f"studies.work = '{Work.SETTLED}'"
-_ROW_ORDER = "received_at DESC, study DESC, sort_area, revision DESC"
-_IMAGE_ORDER = f"{_ROW_ORDER}, sort_view"
+_UNDER_WAY = f"studies.work IN ('{Work.QUEUED}', '{Work.RUNNING}')"
+_AT_REST = f"readings.study_id NOT IN (SELECT id FROM studies WHERE {_UNDER_WAY})"
 
 
-# Studies come last and by an outer join (each row has one): SQLite then looks them up only for
-# rows that the filters have left, which halves a query over many results.
-_CURRENT_TABLES = (
-    "readings LEFT JOIN results ON results.id = readings.result_id"
+# What filters ask stands in readings and views. The rest comes by outer joins, though each row has
+# it: SQLite then looks it up for the rows that are left, and not before.
+_READINGS_VIEWS = "readings JOIN views ON views.result_id = readings.result_id"
+_READINGS_FILES = "readings JOIN files ON files.study_id = readings.study_id"
+_RESULTS_VIEWS = "results JOIN views ON views.result_id = results.id"
+_OF_RESULTS = " LEFT JOIN studies ON studies.id = results.study_id"
+_OF_READINGS = (
+    " LEFT JOIN results ON results.id = readings.result_id"
     " LEFT JOIN studies ON studies.id = readings.study_id"
 )
 _CURRENT = _row_columns(
@@ -368,14 +397,12 @@ _CURRENT = _row_columns(
     " ELSE studies.last_error END",
     received_at="readings.received_at",
 )
-_SUPERSEDED_TABLES = "results JOIN studies ON studies.id = results.study_id"
 _SUPERSEDED = _row_columns(  # the results that no current row shows any more
     "results",
     state=f"'{State.DONE}'",
-    reason="CAST(NULL AS VARCHAR)",
+    reason="nullif('', '')",  # a cast would keep SQLite from merging the parts in their order
     received_at="studies.received_at",
 )
-_VIEWS = " JOIN views ON views.result_id = results.id"
 _OF_VIEW = (
     "views.source AS image",
     "views.probability AS view_probability",
@@ -384,7 +411,6 @@ _OF_VIEW = (
     f"{_told('views.error_code', 'views.error')} AS error",
     "views.id AS sort_view",
 )
-_FILES = " JOIN files ON files.study_id = readings.study_id"
 _OF_FILE = (
     "files.source AS image",
     "CAST(NULL AS DOUBLE PRECISION) AS view_probability",
@@ -398,16 +424,23 @@ _ELSEWHERE = (
     " WHERE other.study_id = files.study_id AND views.sha256 = files.sha256"
 )
 _UNSCORED = [  # by this row's result or by another one's
-    "readings.result_id IS NULL",
+    "readings.weights IS NULL",  # nothing to walk but the index of what is not done
+    NOT_DONE,
     f"files.place <> '{Place.REPLACED}'",
     f"NOT EXISTS ({_ELSEWHERE})",
 ]
 
-_BY_WORK = "SELECT work, count(*), min(received_at) FROM studies GROUP BY work"
-_BY_STATE = "SELECT state, count(*) FROM readings GROUP BY state"
-_UNDER_WAY = (  # few: what settled is counted without a look at the studies
+# Counted are all rows, which SQLite knows by the page, and the few that are not settled or done.
+_HOW_MANY = "SELECT (SELECT count(*) FROM studies), (SELECT count(*) FROM readings)"
+_BY_WORK = f"SELECT work, count(*), min(received_at) FROM studies WHERE {_UNDER_WAY} GROUP BY work"
+_NOT_DONE = f"SELECT state, count(*) FROM readings WHERE {NOT_DONE} GROUP BY state"
+_UNDER_WAY_BY_STATE = (
     "SELECT studies.work, readings.state, count(*)"
     " FROM readings JOIN studies ON studies.id = readings.study_id"
-    " WHERE studies.work IN (:queued, :running) GROUP BY studies.work, readings.state"
+    f" WHERE {_UNDER_WAY} GROUP BY studies.work, readings.state"
+)
+_SHOWN = (
+    "(SELECT count(*) FROM readings"
+    " WHERE readings.weights = weights.digest AND readings.area = weights.area)"
 )
 _SCORED_SINCE = "SELECT count(*), coalesce(sum(views), 0) FROM results WHERE scored_at >= :since"

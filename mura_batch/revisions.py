@@ -21,7 +21,11 @@ _SHOWN = select(readings.c.study_id, readings.c.area, readings.c.id, readings.c.
     readings.c.study_id.in_(AMONG)
 )
 _NO_MORE = delete(readings).where(readings.c.id.in_(AMONG))
-_KEPT = update(readings).where(readings.c.id == bindparam("number"))
+_CHOSEN_BY = {  # what a reading says of its result, for the filters
+    name: select(results.c[name]).where(results.c.id == bindparam("shown")).scalar_subquery()
+    for name in ("decision", "probability", "weights")
+}
+_KEPT = update(readings).where(readings.c.id == bindparam("number")).values(_CHOSEN_BY)
 _REVISIONS = select(
     results.c.study_id, results.c.id, results.c.area, results.c.revision, results.c.supersedes
 )
@@ -30,7 +34,7 @@ _BY_NUMBER = _REVISIONS.where(results.c.id.in_(AMONG))
 _WEIGHTS = select(weights.c.digest, weights.c.area)
 _NEW_RESULT = insert(results)
 _NEW_VIEWS = insert(views)
-_NEW_READINGS = insert(readings)
+_NEW_READINGS = insert(readings).values(_CHOSEN_BY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class Revisions:
                 "area_source": each.reading.area_source,
                 "evidence": each.reading.evidence,
                 "result_id": each.result,
+                "shown": each.result,
                 "updated_at": each.outcome.at,
             }
             for each in placed

@@ -47,9 +47,16 @@ from mura_batch.records import (
     StudyOutcome,
     Work,
 )
-from mura_batch.results import Results, active_values, conditions, filter_values, is_stale
+from mura_batch.results import (
+    NOT_DONE,
+    Results,
+    active_values,
+    conditions,
+    filter_values,
+    is_stale,
+)
 from mura_batch.revisions import Placed, Revisions
-from mura_batch.schema import files, labels, readings, results, studies
+from mura_batch.schema import files, labels, readings, studies
 from mura_batch.worklist import asked_of, fail, log, log_all, queue, settle
 
 _WAITING = (State.NEEDS_AREA, State.NO_WEIGHTS)
@@ -301,7 +308,7 @@ class Store(Results):
     def requeue_no_weights(self, areas: Iterable[Area]) -> int:
         """Queue the studies that waited for weights of these areas; return how many."""
         waiting = select(readings.c.study_id).where(
-            readings.c.state == State.NO_WEIGHTS, readings.c.area.in_(list(areas))
+            readings.c.state == State.NO_WEIGHTS, text(NOT_DONE), readings.c.area.in_(list(areas))
         )
         with self._write() as connection:
             wanted = select(studies.c.id).where(
@@ -400,7 +407,6 @@ def _note_problems(connection: Connection, outcomes: Sequence[StudyOutcome]) -> 
 
 
 def _chosen(connection: Connection, which: Rerun, named: list[str]) -> list[str]:
-    tables = readings.join(studies).outerjoin(results, results.c.id == readings.c.result_id)
     filters = which.filters or Filters()
     stale = which.stale or {}
     wanted: list[ColumnElement[bool] | TextClause] = [text(one) for one in conditions(filters)]
@@ -410,10 +416,15 @@ def _chosen(connection: Connection, which: Rerun, named: list[str]) -> list[str]
     if which.failed:
         either.append(and_(readings.c.state == State.FAILED, studies.c.work == Work.SETTLED))
     if which.stale is not None:
-        either.append(text(is_stale(stale)))
+        either.append(text(is_stale("readings.area", "readings.weights", stale)))
     if either:
         wanted.append(or_(*either))
-    chosen = select(studies.c.id).select_from(tables).where(*wanted).group_by(studies.c.id)
+    chosen = (
+        select(studies.c.id)
+        .select_from(readings.join(studies))
+        .where(*wanted)
+        .group_by(studies.c.id)
+    )
     values = driver_values(connection, filter_values(filters) | active_values(stale))
     ordered = chosen.order_by(studies.c.id).limit(filters.limit)
     return list(connection.execute(ordered, values).scalars())
@@ -439,7 +450,9 @@ def _with_files(connection: Connection, ids: Sequence[str]) -> list[str]:
 
 
 def _set_area(connection: Connection, ids: Sequence[str], area: Area) -> None:
-    undecided = select(readings.c.study_id).where(readings.c.state == State.NEEDS_AREA)
+    undecided = select(readings.c.study_id).where(
+        readings.c.state == State.NEEDS_AREA, text(NOT_DONE)
+    )
     waiting = studies.c.id.in_(undecided)
     for some in chunks(ids):
         for which, everywhere in ((waiting, False), (~waiting, True)):

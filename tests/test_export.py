@@ -118,7 +118,7 @@ def test_spreadsheets_get_no_formulas(stored, tmp_path):
 @given(st.text())
 def test_no_text_starts_a_formula(text):
     stream = io.StringIO(newline="")
-    write_csv([(text, 1.5)], ("source", "logit"), stream)
+    write_csv([{"source": [text], "logit": [1.5]}], ("source", "logit"), stream)
     stream.seek(0)
     _, (cell, _) = csv.reader(stream)
     assert cell[:1] not in {"=", "+", "-", "@", "\t", "\r", "\n"}
@@ -126,10 +126,12 @@ def test_no_text_starts_a_formula(text):
 
 
 @pytest.mark.parametrize("images", [False, True])
-def test_values_are_what_the_records_say(stored, images):
+def test_blocks_are_what_the_records_say(stored, images):
     records = stored.images() if images else stored.query()
     fields = IMAGE_FIELDS if images else STUDY_FIELDS
-    told = [dict(zip(fields, row, strict=True)) for row in stored.values(images=images)]
+    (block,) = stored.blocks(images=images)
+    assert tuple(block) == fields
+    told = [dict(zip(fields, row, strict=True)) for row in zip(*block.values(), strict=True)]
     assert told == [record.to_dict() for record in records]
     assert len(told) >= 3
 
@@ -141,10 +143,10 @@ def test_another_ending_is_refused_and_nothing_written(stored, tmp_path):
 
 
 class Broken(Results):
-    """Gives one row and fails."""
+    """Gives a block and fails."""
 
-    def values(self, filters=Filters(), *, images=False):  # noqa: B008 - as the real one
-        yield next(super().values(filters, images=images))
+    def blocks(self, filters=Filters(), *, images=False):  # noqa: B008 - as the real one
+        yield next(super().blocks(filters, images=images))
         raise OSError("the disk is gone")
 
 
@@ -159,18 +161,18 @@ def test_an_export_that_fails_leaves_the_old_file(stored, tmp_path, ending):
 
 
 class Many(Results):
-    """The same row again and again."""
+    """The same row again and again, as the database gives it."""
 
     count = 0
 
-    def values(self, filters=Filters(), *, images=False):  # noqa: B008 - as the real one
-        (row,) = super().values(filters, images=images)
-        return (row for _ in range(self.count))
+    def _rows(self, filters=Filters(), *, images=False):  # noqa: B008 - as the real one
+        (row,) = super()._rows(filters, images=images)
+        yield from (row for _ in range(self.count))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
 def test_memory_does_not_grow_with_the_rows(stored, tmp_path, monkeypatch, ending):
-    monkeypatch.setattr("mura_batch.export._GROUP", 2000)
+    monkeypatch.setattr("mura_batch.results._BLOCK", 2000)
     peaks = []
     for count in (4000, 40_000):  # enough for the collector to have come in both
         many = Many(stored._reader)

@@ -25,6 +25,7 @@ from mura_batch import database, schema
 from mura_batch.engine import open_engine, writing
 from mura_batch.errors import Misconfigured, Transient
 from mura_batch.reader import REVISION
+from mura_batch.records import Filters
 from mura_batch.results import Results
 from mura_batch.store import Store
 
@@ -80,6 +81,24 @@ def test_every_revision_upgrades_a_database_with_data_in_it(url, start):
             kept = connection.execute(select(table)).mappings().all()
             assert [dict(row) for row in kept] == [filled(table)], table.name
     engine.dispose()
+
+
+def test_readings_of_an_old_database_are_found_by_what_their_results_say(url):
+    database.upgrade(url, "0002")
+    engine = open_engine(url, read_only=False)
+    old = MetaData()
+    old.reflect(engine)
+    with writing(engine) as connection:
+        for table in old.sorted_tables:
+            if table.name != "alembic_version":
+                connection.execute(insert(table).values(filled(table)))
+    engine.dispose()
+    database.upgrade(url)
+    chosen = Filters(min_probability=0.5, max_probability=0.5)
+    with Results.open(url) as results:
+        (row,) = results.query(chosen)
+        assert (row.decision, row.weights) == ("x", "x")
+        assert list(results.query(Filters(min_probability=0.6))) == []
 
 
 def filled(table):

@@ -33,7 +33,7 @@ from mura_batch.records import (
     State,
     Work,
 )
-from mura_batch.schema import files, results
+from mura_batch.schema import files, readings, results
 from mura_batch.store import Store
 
 
@@ -134,6 +134,15 @@ class Ledger(RuleBasedStateMachine):
             assert found[supersedes][1] == study or revision > 1
             assert supersedes not in named or found[supersedes][1] != study
             named.add(supersedes)
+
+    @invariant()
+    def a_reading_says_what_its_result_says(self):
+        names = ("decision", "probability", "weights")
+        said, meant = ([table.c[name] for name in names] for table in (readings, results))
+        joined = readings.outerjoin(results, results.c.id == readings.c.result_id)
+        with self.store._engine.connect() as connection:
+            for row in connection.execute(select(*said, *meant).select_from(joined)):
+                assert row[:3] == row[3:]
 
     @invariant()
     def every_study_has_a_row(self):

@@ -172,7 +172,7 @@ def _print_csv(results: Results, chosen: Filters, *, images: bool) -> None:
     from mura_batch.records import IMAGE_FIELDS, STUDY_FIELDS
 
     fields = IMAGE_FIELDS if images else STUDY_FIELDS
-    write_csv(results.values(chosen, images=images), fields, sys.stdout)
+    write_csv(results.blocks(chosen, images=images), fields, sys.stdout)
 
 
 def study_table(
