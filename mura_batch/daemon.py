@@ -83,7 +83,7 @@ class Daemon:
         self._notify = notify
         self._stopping = False
         self._recorded = News()  # for the feeder
-        self._wakeup: Wakeup | None = None
+        self._wakeup = Wakeup(settings)
         self._next_word = 0.0
         self._unrecorded: list[Claim] = []
         self._untaken = 0
@@ -92,8 +92,7 @@ class Daemon:
         """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
         self._stopping = True
         self._recorded.tell()
-        if self._wakeup is not None:
-            self._wakeup.wake()
+        self._wakeup.wake()
 
     def run(self, *, once: bool = False) -> Summary:
         """Work until :meth:`stop`; with ``once``, until nothing in the inbox can move.
@@ -113,7 +112,7 @@ class Daemon:
             custody = Custody(settings, go_on=self._go_on)
             scorer = stack.enter_context(warm_scorer(settings, weights))
             pipeline = stack.enter_context(Pipeline(settings, store, custody, weights, scorer))
-            self._wakeup = stack.enter_context(Wakeup(settings))
+            stack.enter_context(self._wakeup)
             log.info("watching", extra={"mode": self._wakeup.mode})
             _catch_up(settings, store, custody, pipeline)
             inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
@@ -138,8 +137,10 @@ class Daemon:
     ) -> None:
         """Scan, claim and wait until told to stop (the main thread)."""
         ready = False
+        full_at = 0.0  # when the whole inbox is looked at again
+        named: set[str] | None = None
         while not self._stopping:
-            claimed = self._scan(inbox, custody, pipeline)
+            claimed = self._scan(inbox, custody, pipeline, named)
             if not ready:
                 self._notify(READY)
                 ready = True
@@ -148,13 +149,18 @@ class Daemon:
             idle = not (claimed or inbox.waiting or self._unrecorded)
             if once and idle and pipeline.idle and not store.busy(datetime.now(UTC)):
                 return
-            pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
+            now = time.monotonic()
+            if named is None:
+                pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
+                full_at = now + min(pause, _LONGEST_WAIT)
+            pause = full_at - now
             if inbox.waiting or once:
                 pause = min(pause, self._settings.settle_seconds / 2)
             if once and not inbox.waiting:  # what ends the last study does not wake this thread
                 pause = min(pause, max(_ONCE_SECONDS, inbox.last_scan_seconds))
-            if self._wakeup is not None:
-                self._wakeup.wait(min(pause, _LONGEST_WAIT))
+            named = self._wakeup.wait(max(pause, 0.0))
+            if once or self._unrecorded or time.monotonic() >= full_at:
+                named = None
         log.info("stopping: what is under way is finished first")
 
     def _go_on(self) -> bool:
@@ -178,14 +184,16 @@ class Daemon:
         with suppress(OSError):
             write_atomic(self._settings.home / STATUS_FILE, lambda stream: stream.write(text))
 
-    def _scan(self, inbox: Inbox, custody: Custody, pipeline: Pipeline) -> int:
+    def _scan(
+        self, inbox: Inbox, custody: Custody, pipeline: Pipeline, named: set[str] | None
+    ) -> int:
         """Claim what is complete and record it; return how many claims were recorded."""
         self._unrecorded += custody.cut_off()
         self._untaken = custody.held_up
         recorded = self._record(pipeline)
         if self._unrecorded:  # what the ledger does not know would be claimed once more
             return recorded
-        for candidate in inbox.scan():
+        for candidate in inbox.scan(named):
             if self._stopping:
                 break
             try:
