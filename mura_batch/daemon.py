@@ -1,8 +1,9 @@
 """The daemon: threads, clocks and signals around the pipeline, and nothing of a study's rules.
 
-The main thread scans and claims; one thread takes queued studies from the ledger and feeds the
-pipeline, whose own threads decode, score and finish. The ledger is the only queue, so that
-``rerun`` in another process reaches the daemon without a word to it.
+The main thread scans, has claims made, several at once, and records them; one thread takes queued
+studies from the ledger and feeds the pipeline, whose own threads decode, score and finish. The
+ledger is the only queue, so that ``rerun`` in another process reaches the daemon without a word
+to it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,7 +37,7 @@ from mura_batch.weights import WeightsStore
 
 log = logging.getLogger(__name__)
 
-_RECORD = 16  # claims recorded together at most
+_GROUP = 16  # studies claimed at once, so that their fsyncs share the disk's commits
 _TAKE = 256  # studies taken from the ledger at once
 _IDLE_SHARE = 50  # an idle inbox is scanned for at most 1/50 of the time
 _ONCE_SECONDS = 0.1  # between two scans of `watch --once`
@@ -193,35 +194,42 @@ class Daemon:
         recorded = self._record(pipeline)
         if self._unrecorded:  # what the ledger does not know would be claimed once more
             return recorded
-        for candidate in inbox.scan(named):
-            if self._stopping:
-                break
+        candidates = inbox.scan(named)
+        with ThreadPoolExecutor(_GROUP, "claim") as claimers:
+            for start in range(0, len(candidates), _GROUP):
+                if self._stopping:
+                    break
+                group = candidates[start : start + _GROUP]
+                self._claim([claimers.submit(custody.claim, candidate) for candidate in group])
+                recorded += self._record(pipeline)
+                self._notify(ALIVE)
+        return recorded
+
+    def _claim(self, claims: Sequence[Future[Claim | None]]) -> None:
+        """Wait for claims and keep them, to be recorded."""
+        for made in claims:
             try:
-                claim = custody.claim(candidate)
+                claim = made.result()
             except Transient as exc:
                 if self._stopping:
-                    break  # it was told to leave the claim to the next start
+                    continue  # it was told to leave the claim to the next start
                 log.warning("could not be claimed, will be tried again", extra={"why": str(exc)})
                 self._untaken += 1
             else:
                 if claim is not None:
                     self._unrecorded.append(claim)
-            if len(self._unrecorded) >= _RECORD:
-                recorded += self._record(pipeline)
-            self._notify(ALIVE)
-        return recorded + self._record(pipeline)
 
     def _record(self, pipeline: Pipeline) -> int:
         """Record the claims that are in work and not yet in the ledger; keep what fails."""
         recorded = 0
         while self._unrecorded:
-            claims = self._unrecorded[:_RECORD]
+            claims = self._unrecorded[:_GROUP]
             try:
                 pipeline.receive(claims)
             except Transient as exc:
                 log.warning("claims could not be recorded", extra={"why": str(exc)})
                 break
-            del self._unrecorded[:_RECORD]
+            del self._unrecorded[:_GROUP]
             self._recorded.tell()
             recorded += len(claims)
         return recorded
