@@ -1,8 +1,9 @@
 """The daemon: threads, clocks and signals around the pipeline, and nothing of a study's rules.
 
-The main thread scans and claims; one thread takes queued studies from the ledger and feeds the
-pipeline, whose own threads decode, score and finish. The ledger is the only queue, so that
-``rerun`` in another process reaches the daemon without a word to it.
+The main thread scans, has claims made, several at once, and records them; one thread takes queued
+studies from the ledger and feeds the pipeline, whose own threads decode, score and finish. The
+ledger is the only queue, so that ``rerun`` in another process reaches the daemon without a word
+to it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,7 +37,7 @@ from mura_batch.weights import WeightsStore
 
 log = logging.getLogger(__name__)
 
-_RECORD = 16  # claims recorded together at most
+_GROUP = 16  # studies claimed at once, so that their fsyncs share the disk's commits
 _TAKE = 256  # studies taken from the ledger at once
 _IDLE_SHARE = 50  # an idle inbox is scanned for at most 1/50 of the time
 _ONCE_SECONDS = 0.1  # between two scans of `watch --once`
@@ -83,7 +84,7 @@ class Daemon:
         self._notify = notify
         self._stopping = False
         self._recorded = News()  # for the feeder
-        self._wakeup: Wakeup | None = None
+        self._wakeup = Wakeup(settings)
         self._next_word = 0.0
         self._unrecorded: list[Claim] = []
         self._untaken = 0
@@ -92,8 +93,7 @@ class Daemon:
         """Finish what is in flight and return from :meth:`run` (safe in a signal handler)."""
         self._stopping = True
         self._recorded.tell()
-        if self._wakeup is not None:
-            self._wakeup.wake()
+        self._wakeup.wake()
 
     def run(self, *, once: bool = False) -> Summary:
         """Work until :meth:`stop`; with ``once``, until nothing in the inbox can move.
@@ -113,7 +113,7 @@ class Daemon:
             custody = Custody(settings, go_on=self._go_on)
             scorer = stack.enter_context(warm_scorer(settings, weights))
             pipeline = stack.enter_context(Pipeline(settings, store, custody, weights, scorer))
-            self._wakeup = stack.enter_context(Wakeup(settings))
+            stack.enter_context(self._wakeup)
             log.info("watching", extra={"mode": self._wakeup.mode})
             _catch_up(settings, store, custody, pipeline)
             inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
@@ -138,8 +138,10 @@ class Daemon:
     ) -> None:
         """Scan, claim and wait until told to stop (the main thread)."""
         ready = False
+        full_at = 0.0  # when the whole inbox is looked at again
+        named: set[str] | None = None
         while not self._stopping:
-            claimed = self._scan(inbox, custody, pipeline)
+            claimed = self._scan(inbox, custody, pipeline, named)
             if not ready:
                 self._notify(READY)
                 ready = True
@@ -148,13 +150,18 @@ class Daemon:
             idle = not (claimed or inbox.waiting or self._unrecorded)
             if once and idle and pipeline.idle and not store.busy(datetime.now(UTC)):
                 return
-            pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
+            now = time.monotonic()
+            if named is None:
+                pause = max(self._settings.scan_seconds, _IDLE_SHARE * inbox.last_scan_seconds)
+                full_at = now + min(pause, _LONGEST_WAIT)
+            pause = full_at - now
             if inbox.waiting or once:
                 pause = min(pause, self._settings.settle_seconds / 2)
             if once and not inbox.waiting:  # what ends the last study does not wake this thread
                 pause = min(pause, max(_ONCE_SECONDS, inbox.last_scan_seconds))
-            if self._wakeup is not None:
-                self._wakeup.wait(min(pause, _LONGEST_WAIT))
+            named = self._wakeup.wait(max(pause, 0.0))
+            if once or self._unrecorded or time.monotonic() >= full_at:
+                named = None
         log.info("stopping: what is under way is finished first")
 
     def _go_on(self) -> bool:
@@ -178,42 +185,51 @@ class Daemon:
         with suppress(OSError):
             write_atomic(self._settings.home / STATUS_FILE, lambda stream: stream.write(text))
 
-    def _scan(self, inbox: Inbox, custody: Custody, pipeline: Pipeline) -> int:
+    def _scan(
+        self, inbox: Inbox, custody: Custody, pipeline: Pipeline, named: set[str] | None
+    ) -> int:
         """Claim what is complete and record it; return how many claims were recorded."""
         self._unrecorded += custody.cut_off()
         self._untaken = custody.held_up
         recorded = self._record(pipeline)
         if self._unrecorded:  # what the ledger does not know would be claimed once more
             return recorded
-        for candidate in inbox.scan():
-            if self._stopping:
-                break
+        candidates = inbox.scan(named)
+        with ThreadPoolExecutor(_GROUP, "claim") as claimers:
+            for start in range(0, len(candidates), _GROUP):
+                if self._stopping:
+                    break
+                group = candidates[start : start + _GROUP]
+                self._claim([claimers.submit(custody.claim, candidate) for candidate in group])
+                recorded += self._record(pipeline)
+                self._notify(ALIVE)
+        return recorded
+
+    def _claim(self, claims: Sequence[Future[Claim | None]]) -> None:
+        """Wait for claims and keep them, to be recorded."""
+        for made in claims:
             try:
-                claim = custody.claim(candidate)
+                claim = made.result()
             except Transient as exc:
                 if self._stopping:
-                    break  # it was told to leave the claim to the next start
+                    continue  # it was told to leave the claim to the next start
                 log.warning("could not be claimed, will be tried again", extra={"why": str(exc)})
                 self._untaken += 1
             else:
                 if claim is not None:
                     self._unrecorded.append(claim)
-            if len(self._unrecorded) >= _RECORD:
-                recorded += self._record(pipeline)
-            self._notify(ALIVE)
-        return recorded + self._record(pipeline)
 
     def _record(self, pipeline: Pipeline) -> int:
         """Record the claims that are in work and not yet in the ledger; keep what fails."""
         recorded = 0
         while self._unrecorded:
-            claims = self._unrecorded[:_RECORD]
+            claims = self._unrecorded[:_GROUP]
             try:
                 pipeline.receive(claims)
             except Transient as exc:
                 log.warning("claims could not be recorded", extra={"why": str(exc)})
                 break
-            del self._unrecorded[:_RECORD]
+            del self._unrecorded[:_GROUP]
             self._recorded.tell()
             recorded += len(claims)
         return recorded

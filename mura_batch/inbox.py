@@ -1,7 +1,7 @@
 """Find, settle, group: what in the inbox is complete now.
 
-The full scan is the truth; events only make it come sooner (:class:`Wakeup`). Each file belongs
-to exactly one unit:
+The scan of everything is the truth; events only name folders to look into before the next one
+(:class:`Wakeup`). Each file belongs to exactly one unit:
 
 - a DICOM file to the study of its StudyInstanceUID, wherever it lies;
 - another file of a leaf folder (none of its subfolders holds files) to that folder;
@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -66,7 +66,7 @@ _DEEPEST = 64  # folders in each other; no tree of studies has a third of that
 
 @dataclass(slots=True)
 class _Known:
-    """A file as the last scan saw it.
+    """A file as the last look at it saw it.
 
     Attributes:
         peek: what it was found to be, once for this size, time and inode.
@@ -84,23 +84,37 @@ class _Known:
         return self.found.problem in {"", "unreadable"}
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What of one unit lies in one folder.
+
+    Attributes:
+        state: what must not change for the unit to settle: uploads on the way count too.
+    """
+
+    files: list[_Known] = field(compare=False)
+    state: list[FoundFile]
+
+
+_Unit = dict[str, _Share]  # by folder
+
+
 @dataclass(slots=True)
 class _Folder:
-    files: list[_Known] = field(default_factory=list)
+    """A folder as it was last listed, what lies in it by name.
+
+    Attributes:
+        listed: when the scan began that listed it.
+        leaf: none of its subfolders holds files.
+        shares: its files by unit; None where that must be found out.
+    """
+
+    files: dict[str, _Known] = field(default_factory=dict)
+    subfolders: set[str] = field(default_factory=set)
     unfinished: list[FoundFile] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Unit:
-    files: list[_Known] = field(default_factory=list)
-    folders: set[str] = field(default_factory=set)
-    unfinished: list[FoundFile] = field(default_factory=list)
-
-    def state(self) -> list[FoundFile]:
-        """Return what must not change for the unit to settle: uploads on the way count too."""
-        files = [known.found for known in self.files] + self.unfinished
-        files.sort(key=lambda found: found.name)
-        return files
+    listed: float = field(default=-math.inf, compare=False)
+    leaf: bool = field(default=False, compare=False)
+    shares: dict[_Key, _Share] | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -114,7 +128,7 @@ class _Observation:
         offer_at: when it may be offered again; ever later while nobody can take it.
     """
 
-    state: list[FoundFile]
+    unit: _Unit
     first: float
     since: float
     offers: int = 0
@@ -127,8 +141,7 @@ class Inbox:
     Attributes:
         waiting: units that had not settled at the last scan.
         refused: units that were offered, are unchanged, and are still there.
-        blocked: folders that could not be listed at the last scan, or lie too deep.
-        last_scan_seconds: what the last scan cost.
+        last_scan_seconds: what the last scan of the whole inbox cost.
     """
 
     def __init__(
@@ -146,105 +159,166 @@ class Inbox:
         self._ignored = ignored_names((*UNFINISHED, *settings.ignore))
         self._clock = clock
         self._seen = seen if settings.archive == "leave" else None
-        self._known: dict[str, _Known] = {}
+        self._folders: dict[str, _Folder] = {}
         self._observed: dict[_Key, _Observation] = {}
         self._ready: dict[str, float] = {}
+        self._blocked: set[str] = set()
+        self._offered: set[str] = set()  # folders out of which something may have been taken
         self.waiting = 0
         self.refused = 0
-        self.blocked = 0
         self.last_scan_seconds = 0.0
 
-    def scan(self) -> list[Candidate]:
+    @property
+    def blocked(self) -> int:
+        """How many folders could not be listed when last looked at, or lie too deep."""
+        return len(self._blocked)
+
+    def scan(self, named: Collection[str] | None = None) -> list[Candidate]:
         """Look at the whole inbox and return the units that are complete.
+
+        With ``named``, look only into these folders (relative paths), into what is new below
+        them, and where a unit may have settled by now.
 
         A unit that was returned and is still there unchanged is returned again after
         ``settle_seconds``, and then ever more rarely. Files and folders that vanish under the
         scan, or that cannot be read, do not stop it.
         """
         started = time.perf_counter()
-        before = self._clock()
-        units = self._grouped(self._walk())
-        candidates = self._settled(units, before, self._clock())
-        self.last_scan_seconds = time.perf_counter() - started
+        now = self._clock()
+        if named is None:
+            self._list_all(now)
+        else:
+            self._list_below({*named, *self._due(now), *self._offered}, now)
+        self._offered = set()
+        candidates = self._settled(self._units(), self._clock())
+        if named is None:
+            self.last_scan_seconds = time.perf_counter() - started
         return candidates
 
     # ---- find
 
-    def _walk(self) -> dict[str, _Folder]:
-        """List every folder below the inbox that holds files, by its relative path."""
-        previous, self._known = self._known, {}
+    def _list_all(self, now: float) -> None:
+        """List every folder of the inbox."""
+        known, self._folders = self._folders, {}
+        told, self._blocked = self._blocked, set()
         self._ready = {}
-        told, self.blocked = self.blocked > 0, 0
-        folders: dict[str, _Folder] = {}
         todo = [""]
         while todo:
             relative = todo.pop()
-            if relative.count("/") >= _DEEPEST:  # what handles trees by recursion would fail
-                self.blocked += 1
-                continue
-            prefix = relative + "/" if relative else ""
-            folder = _Folder()
-            try:
-                with os.scandir(self._root + relative) as entries:
-                    looks = (self._look(entry, prefix, folder, previous) for entry in entries)
-                    todo.extend(filter(None, looks))
-            except FileNotFoundError:
-                self.blocked += not relative  # a subfolder may go, the inbox should not
-                continue
-            except OSError:
-                self.blocked += 1
-                continue
-            if folder.files:
-                folders[relative] = folder
-        if self.blocked and not told:
+            folder = self._list(relative, known.get(relative, _NOTHING), now)
+            todo += [_join(relative, name) for name in folder.subfolders]
+        if self._blocked and not told:
             log.warning(BLOCKED, extra={"folders": self.blocked})
-        return folders
 
-    def _look(
-        self, entry: os.DirEntry[str], prefix: str, folder: _Folder, previous: dict[str, _Known]
-    ) -> str | None:
-        """Add one entry to its folder; return its relative path if it is a folder to list."""
+    def _list_below(self, named: set[str], now: float) -> None:
+        """List folders, and below them what is not known yet.
+
+        For one that is not known or gone, the nearest known one above it is listed.
+        """
+        todo = {self._nearest(relative) for relative in named}
+        while todo:
+            relative = todo.pop()
+            before = self._folders.get(relative, _NOTHING)
+            folder = self._list(relative, before, now)
+            for name in before.subfolders - folder.subfolders:
+                self._forget(_join(relative, name))
+            if folder is _NOTHING and before is not _NOTHING:
+                todo |= {self._nearest(relative)} - {relative}
+            todo |= {_join(relative, name) for name in folder.subfolders} - self._folders.keys()
+
+    def _nearest(self, relative: str) -> str:
+        """Return the folder itself if it is known, else the nearest known one above it."""
+        while relative and relative not in self._folders:
+            relative = relative.rpartition("/")[0]
+        return relative
+
+    def _forget(self, relative: str) -> None:
+        """Forget a folder and all below it."""
+        self._blocked.discard(relative)
+        self._ready.pop(relative, None)
+        for name in self._folders.pop(relative, _NOTHING).subfolders:
+            self._forget(_join(relative, name))
+
+    def _list(self, relative: str, before: _Folder, now: float) -> _Folder:
+        """List one folder and remember it; one that cannot be listed is ``_NOTHING``."""
+        self._folders.pop(relative, None)
+        self._blocked.discard(relative)
+        self._ready.pop(relative, None)
+        if relative.count("/") >= _DEEPEST:  # what handles trees by recursion would fail
+            self._blocked.add(relative)
+            return _NOTHING
+        folder = _Folder()
+        try:
+            with os.scandir(self._root + relative) as entries:
+                for entry in entries:
+                    known = before.files.get(entry.name)
+                    if known is not None and _is_still(known, entry):
+                        folder.files[entry.name] = known
+                    else:
+                        self._enter(entry, relative, folder)
+        except OSError as exc:
+            if not relative or not isinstance(exc, FileNotFoundError):  # a subfolder may go
+                self._blocked.add(relative)
+            return _NOTHING
+        if folder == before and before is not _NOTHING:
+            folder = before  # with what was found out of it
+        folder.listed = now
+        self._folders[relative] = folder
+        return folder
+
+    def _enter(self, entry: os.DirEntry[str], relative: str, folder: _Folder) -> None:
+        """Add what is new or changed to its folder."""
         name = entry.name
-        relative = prefix + name
         try:
             if entry.is_dir(follow_symlinks=False):
-                return None if name.startswith(".") else relative
-            known = previous.get(relative)
-            if known is None and self._ignored.match(name):
-                if name == READY:
-                    status = entry.stat(follow_symlinks=False)
-                    self._ready[prefix[:-1]] = status.st_mtime_ns if self._seen else math.inf
-                elif self._unfinished.match(name):
-                    status = entry.stat(follow_symlinks=False)
-                    folder.unfinished.append(_found(relative, status))
-                return None
+                if not name.startswith("."):
+                    folder.subfolders.add(name)
+                return
             status = entry.stat(follow_symlinks=False)
         except OSError:  # it vanished since it was listed
-            return None
-        if known is None or not known.found.describes(status):
-            known = _Known(_found(relative, status))
-        self._known[relative] = known
-        folder.files.append(known)
-        return None
+            return
+        if not self._ignored.match(name):
+            folder.files[name] = _Known(_found(_join(relative, name), status))
+        elif name == READY:
+            self._ready[relative] = status.st_mtime_ns if self._seen else math.inf
+        elif self._unfinished.match(name):
+            folder.unfinished.append(_found(_join(relative, name), status))
 
     # ---- group
 
-    def _grouped(self, folders: dict[str, _Folder]) -> dict[_Key, _Unit]:
+    def _units(self) -> dict[_Key, _Unit]:
         """Put every file that is news into its unit."""
-        above = _above(folders)
-        units: defaultdict[_Key, _Unit] = defaultdict(_Unit)
-        for relative, folder in folders.items():
-            news = [known for known in folder.files if not known.done and self._is_news(known)]
+        above = _above(self._folders)
+        units: defaultdict[_Key, _Unit] = defaultdict(dict)
+        for relative, folder in self._folders.items():
             leaf = bool(relative) and relative not in above
-            study = _only_study(news) if leaf else None
-            for known in news:
-                key = _unit_of(known, relative if leaf else None, study)
-                unit = units[key]
-                unit.files.append(known)
-                unit.folders.add(relative)
-                if key[0] is Kind.FOLDER:
-                    unit.unfinished = folder.unfinished
+            shares = folder.shares
+            if shares is None or folder.leaf != leaf:
+                shares = self._shared(folder, relative if leaf else None)
+                certain = not any(map(self._in_doubt, folder.files.values()))
+                folder.leaf, folder.shares = leaf, shares if certain else None
+            for key, share in shares.items():
+                units[key][relative] = share
         return units
+
+    def _shared(self, folder: _Folder, leaf: str | None) -> dict[_Key, _Share]:
+        """Divide the news in a folder among their units; ``leaf`` is its path if it is one."""
+        news = [known for known in folder.files.values() if not known.done and self._is_news(known)]
+        study = None if leaf is None else _only_study(news)
+        shared: defaultdict[_Key, list[_Known]] = defaultdict(list)
+        for known in news:
+            shared[_unit_of(known, leaf, study)].append(known)
+        return {
+            key: _share(files, folder.unfinished if key[0] is Kind.FOLDER else [])
+            for key, files in shared.items()
+        }
+
+    def _in_doubt(self, known: _Known) -> bool:
+        """Whether the next scan has to ask about a file although it has not changed."""
+        if known.done:
+            return False
+        asked = self._seen is not None and known.offered
+        return asked or known.peek is None or known.found.problem == "unreadable"
 
     def _is_news(self, known: _Known) -> bool:
         """Whether a file is still there and not in the ledger; finds out what it is, once."""
@@ -276,40 +350,50 @@ class Inbox:
 
     # ---- settle
 
-    def _settled(self, units: dict[_Key, _Unit], before: float, after: float) -> list[Candidate]:
+    def _settled(self, units: dict[_Key, _Unit], now: float) -> list[Candidate]:
         """Return the units that are complete; remember how each looked.
 
-        A scan takes time: each file was looked at somewhere between ``before`` and ``after``.
+        A scan takes time: a file was looked at between the start of its scan and ``now``.
         """
         previous, self._observed = self._observed, {}
         self.waiting = self.refused = 0
         candidates = []
         for key, unit in units.items():
-            state = unit.state()
             seen = previous.get(key)
             if seen is None:
-                seen = _Observation(state, first=after, since=after)
-            elif seen.state != state:
-                unsettled = after if seen.offers else seen.first
-                seen = _Observation(state, first=unsettled, since=after)
+                seen = _Observation(unit, first=now, since=now)
+            elif seen.unit != unit:
+                unsettled = now if seen.offers else seen.first
+                seen = _Observation(unit, first=unsettled, since=now)
             self._observed[key] = seen
-            settled_by = self._why_settled(unit, seen, before)
+            looked = min(self._folders[folder].listed for folder in unit)
+            settled_by = self._why_settled(seen, looked)
             if settled_by is None:
                 self.waiting += 1
-            elif before < seen.offer_at:
+            elif looked < seen.offer_at:
                 self.refused += 1
             else:
-                candidates.append(self._offer(key, unit, seen, settled_by, after))
+                candidates.append(self._offer(key, seen, settled_by, now))
         return candidates
 
-    def _why_settled(self, unit: _Unit, seen: _Observation, now: float) -> SettledBy | None:
-        if self._ready:
-            newest = max(known.found.mtime_ns for known in unit.files)
-            if all(self._ready_since(folder) >= newest for folder in unit.folders):
+    def _why_settled(self, seen: _Observation, looked: float) -> SettledBy | None:
+        if self._ready and (ready := min(map(self._ready_since, seen.unit))) > -math.inf:
+            shares = seen.unit.values()
+            if ready >= max(known.found.mtime_ns for share in shares for known in share.files):
                 return "ready"
-        if now - seen.since >= self._settle:
+        if looked - seen.since >= self._settle:
             return "quiet"
-        return "cap" if now - seen.first >= self._cap else None
+        return "cap" if looked - seen.first >= self._cap else None
+
+    def _due(self, now: float) -> set[str]:
+        """Return the folders of units that have settled by now if they have not changed."""
+        return {
+            folder
+            for seen in self._observed.values()
+            if not seen.offers
+            if now - seen.since >= self._settle or now - seen.first >= self._cap
+            for folder in seen.unit
+        }
 
     def _ready_since(self, folder: str) -> float:
         """Return up to which change of its files a marker calls ``folder`` ready, or one above it.
@@ -322,17 +406,20 @@ class Inbox:
             folder = folder.rpartition("/")[0]
         return since
 
-    def _offer(
-        self, key: _Key, unit: _Unit, seen: _Observation, settled_by: SettledBy, now: float
-    ) -> Candidate:
+    def _offer(self, key: _Key, seen: _Observation, settled_by: SettledBy, now: float) -> Candidate:
         seen.offer_at = now + min(self._settle * 2**seen.offers, self._cap)
         seen.offers += 1
-        for known in unit.files:
+        self._offered |= seen.unit.keys()
+        files = [known for share in seen.unit.values() for known in share.files]
+        for known in files:
             known.offered = True
-        files = sorted((known.found for known in unit.files), key=lambda found: found.name)
-        return Candidate(*key, tuple(files), settled_by)
+        for folder in seen.unit:
+            self._folders[folder].shares = None
+        found = sorted((known.found for known in files), key=lambda found: found.name)
+        return Candidate(*key, tuple(found), settled_by)
 
 
+_NOTHING = _Folder()
 _OTHER = Peek("other", None)
 
 
@@ -345,11 +432,29 @@ def _found(name: str, status: os.stat_result) -> FoundFile:
     return FoundFile(name, status.st_size, status.st_mtime_ns, status.st_ino, problem)
 
 
+def _is_still(known: _Known, entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is the file that was known, unchanged."""
+    try:
+        return known.found.describes(entry.stat(follow_symlinks=False))
+    except OSError:  # it vanished since it was listed
+        return False
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _share(files: list[_Known], unfinished: list[FoundFile]) -> _Share:
+    state = [*(known.found for known in files), *unfinished]
+    state.sort(key=lambda found: found.name)
+    return _Share(files, state)
+
+
 def _above(folders: dict[str, _Folder]) -> set[str]:
     """Return every folder that has a subfolder, however deep, with files in it."""
     above: set[str] = set()
     for relative, folder in folders.items():
-        if any(known.is_file for known in folder.files):
+        if any(known.is_file for known in folder.files.values()):
             parent = relative.rpartition("/")[0]
             while parent and parent not in above:
                 above.add(parent)
@@ -378,10 +483,10 @@ def _unit_of(known: _Known, leaf: str | None, study: str | None) -> _Key:
 
 
 class Wakeup:
-    """A wait that ends early when something happens in the inbox.
+    """A wait that ends early when something happens in the inbox, and says in which folders.
 
-    File system events are a bare hint here: they carry no name and may be lost, late or
-    altogether missing (network shares). Use it as a context manager.
+    File system events are hints: they may be lost, late or altogether missing (network shares).
+    Use it as a context manager.
 
     Attributes:
         mode: ``polling`` where no events can come, by choice or because they could not start.
@@ -392,6 +497,7 @@ class Wakeup:
         self._inbox = settings.inbox_dir
         self._wanted = settings.watch != "polling"
         self._news = News()
+        self._hint = _Hint(self._news)
         self._observer: BaseObserver | None = None
         self._broken = False
         self._hook = threading.excepthook
@@ -401,9 +507,8 @@ class Wakeup:
             _hush()
             self._hook, threading.excepthook = threading.excepthook, self._thread_ended
             observer = Observer()
-            observer.schedule(
-                _Hint(self._news), os.fspath(self._inbox), recursive=True, event_filter=_NEWS
-            )
+            inbox = os.fspath(self._inbox)
+            observer.schedule(self._hint, inbox, recursive=True, event_filter=_NEWS)
             try:
                 observer.start()
             except Exception as exc:  # noqa: BLE001 - limits on watches, trees too deep: events are hints
@@ -429,12 +534,22 @@ class Wakeup:
             threading.excepthook = self._hook
         self.mode = "polling"
 
-    def wait(self, timeout: float) -> None:
-        """Return after ``timeout`` seconds, or sooner: on an event or on :meth:`wake`."""
+    def wait(self, timeout: float) -> set[str]:
+        """Return after ``timeout`` seconds, or sooner: on an event or on :meth:`wake`.
+
+        Returned are the folders in which something has happened since the last wait, by their
+        paths relative to the inbox.
+        """
         self._news.wait(timeout)
         if self.mode == "events" and not self._alive():
             log.warning("file system events have ceased: the inbox is polled")
             self.mode = "polling"
+        inbox = os.fspath(self._inbox)
+        return {
+            path[len(inbox) + 1 :]
+            for path in self._hint.taken()
+            if path == inbox or path.startswith(inbox + "/")
+        }
 
     def wake(self) -> None:
         """End the present or the next wait; may be called from a signal handler."""
@@ -468,7 +583,7 @@ _TALKATIVE = r"watchdog(\.|$)"
 
 
 class _Hint(FileSystemEventHandler):
-    """Says that there is news, and nothing else: an exception here would end all events.
+    """Says that there is news, and where; an exception here would end all events.
 
     It is told of what comes, and of what is closed after writing. Reading and taking files out
     is what the scan and the claims do themselves; while a file is being written, every write
@@ -477,6 +592,17 @@ class _Hint(FileSystemEventHandler):
 
     def __init__(self, news: News) -> None:
         self._news = news
+        self._folders: set[str] = set()
+        self._lock = threading.Lock()
 
-    def on_any_event(self, event: FileSystemEvent) -> None:  # noqa: ARG002 - that it came is all
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        paths = [os.fsdecode(path) for path in (event.src_path, event.dest_path) if path]
+        with self._lock:
+            self._folders.update(p if event.is_directory else p.rpartition("/")[0] for p in paths)
         self._news.tell()
+
+    def taken(self) -> set[str]:
+        """Return the folders of the events since the last call."""
+        with self._lock:
+            folders, self._folders = self._folders, set()
+        return folders

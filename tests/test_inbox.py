@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -56,9 +57,9 @@ class Box:
         dataset.save_as(path)
         return path
 
-    def scan(self, after: float = 0.0) -> list[Candidate]:
+    def scan(self, after: float = 0.0, named: set[str] | None = None) -> list[Candidate]:
         self.now += after
-        return self.inbox.scan()
+        return self.inbox.scan(named)
 
     def units(self) -> dict[tuple[Kind, str], list[str]]:
         """Everything, after it has settled: unit to file names."""
@@ -424,6 +425,99 @@ def test_folders_that_lie_too_deep_are_left_and_said_once(
     assert "Doe" not in caplog.text
 
 
+# ---- looking only where something happened
+
+
+def test_only_named_folders_and_what_is_new_below_them_are_looked_into(box: Box) -> None:
+    box.put("one/a.png")
+    box.put("two/b.png")
+    box.scan()
+    box.put("one/c.png")
+    box.put("two/d.png")
+    box.put("new/deep/er/e.png")
+    box.put(".hidden/new/f.png")
+    assert box.scan(named={"one", "new/deep/er", ".hidden/new"}) == []
+    box.scan(after=1.9, named=set())
+    units = {unit.key: len(unit.files) for unit in box.scan(after=0.1, named={"one", "new"})}
+    assert units == {"one": 2, "new/deep/er": 1}
+    assert box.inbox.waiting == 1, "its late file was seen when it seemed to have settled"
+    late = {unit.key: len(unit.files) for unit in box.scan(after=1.9, named=set())}
+    assert late.get("two") is None
+    late = {unit.key: len(unit.files) for unit in box.scan(after=0.1, named=set())}
+    assert late["two"] == 2
+
+
+def test_a_unit_settles_when_all_its_folders_have_been_looked_into(box: Box) -> None:
+    box.put_dicom("one/1", "1.2.3")
+    box.put_dicom("two/1", "1.2.3")
+    box.scan()
+    box.put_dicom("two/2", "1.2.3")
+    assert box.scan(after=1.9, named={"one"}) == []
+    assert box.scan(after=0.1, named={"one"}) == []
+    (unit,) = box.scan(after=2, named=set())
+    assert len(unit.files) == 3
+
+
+def test_what_was_taken_or_came_again_is_known_without_a_look_at_everything(box: Box) -> None:
+    box.put("a/b/1.png")
+    box.scan()
+    (unit,) = box.scan(after=2, named=set())
+    Custody(box.settings).claim(unit)
+    assert not (box.root / "a").exists()
+    assert (box.scan(named=set()), box.inbox.refused) == ([], 0)
+    box.put("a/b/2.png")
+    box.scan(named={"a"})
+    (unit,) = box.scan(after=2, named=set())
+    assert [f.name for f in unit.files] == ["a/b/2.png"]
+
+
+_FOLDERS = ["a", "a/b", "a/b/c", "a/d", "e"]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "put dicom", "ready", "remove", "move"]),
+            st.sampled_from(_FOLDERS),
+            st.sampled_from(_FOLDERS),
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_named_folders_tell_as_much_as_a_look_at_everything(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, str]]
+) -> None:
+    box = Box(tmp_path_factory.mktemp("home"))
+    box.scan()
+    for number, (what, folder, other) in enumerate(steps):
+        named = {folder}
+        if what == "put":
+            box.put(f"{folder}/{number}.png")
+        elif what == "put dicom":
+            box.put_dicom(f"{folder}/{number}", f"1.2.{number % 2}")
+        elif what == "ready":
+            box.put(f"{folder}/.ready")
+        elif what == "remove":
+            shutil.rmtree(box.root / folder, ignore_errors=True)
+        elif (box.root / folder).is_dir() and not (box.root / other).exists():
+            (box.root / other).parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # below itself
+                (box.root / folder).rename(box.root / other)
+            named = {folder, other}
+        fresh = Inbox(box.settings, clock=lambda: box.now)
+        assert set(box.scan(named=named)) <= set(fresh.scan())
+        assert box.inbox._folders.keys() == fresh._folders.keys()
+        assert observed(box.inbox) == observed(fresh)
+
+
+def observed(inbox: Inbox) -> dict[tuple[Kind, str], set[str]]:
+    return {
+        key: {file.name for share in seen.unit.values() for file in share.state}
+        for key, seen in inbox._observed.items()
+    }
+
+
 # ---- what a scan costs
 
 
@@ -448,7 +542,7 @@ def test_a_file_is_opened_once_and_forgotten_when_it_goes(
     assert sorted(opened) == ["a.png", "a.png", "b.png"]
     shutil.rmtree(box.root / "s")
     box.scan()
-    assert (box.inbox._known, box.inbox._observed) == ({}, {})
+    assert (list(box.inbox._folders), box.inbox._observed) == ([""], {})
 
 
 def test_read_only_inbox_asks_the_ledger_once_for_each_file(tmp_path: Path) -> None:
@@ -529,6 +623,23 @@ def test_a_file_wakes_when_it_comes_and_when_it_is_whole_not_at_every_write(box:
         assert waited(wakeup, 1) >= 0.9
         stream.close()
         assert waited(wakeup) < 10
+
+
+def test_events_name_the_folders_to_look_into(box: Box, tmp_path: Path) -> None:
+    box.put("old/a.png")
+    outside = tmp_path / "elsewhere"
+    (outside / "study1").mkdir(parents=True)
+    with Wakeup(box.settings) as wakeup:
+        named = set()
+        box.put("loose.png")
+        box.put("old/b.png")
+        box.put("new/deep/c.png")
+        outside.rename(box.root / "moved")
+        deadline = time.monotonic() + 10
+        while not named >= {"", "old", "new", "moved"} and time.monotonic() < deadline:
+            named |= wakeup.wait(1)
+    assert named >= {"", "old", "new", "moved"}
+    assert named <= {"", "old", "new", "new/deep", "moved", "moved/study1"}
 
 
 def test_polling_waits_without_events_and_can_be_ended(box: Box, tmp_path: Path) -> None:

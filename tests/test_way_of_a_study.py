@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from sqlalchemy.exc import DatabaseError
 
 from mura_batch import custody, daemon, moves, pipeline
 from mura_batch.area import Area
-from mura_batch.config import Settings
+from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.custody import Custody
 from mura_batch.daemon import Daemon
 from mura_batch.errors import Transient
@@ -110,6 +111,46 @@ def test_forty_single_view_studies_share_their_forward_passes(
     found = run(replace(site, batch=16, batch_seconds=60.0, overlays=False))
     assert len(found) == 40
     assert scorers[0].forward_calls <= 4
+
+
+def test_claims_are_made_at_once_so_that_they_wait_for_the_disk_together(
+    site: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(4, timeout=60)
+    claim = Custody.claim
+
+    def meeting(custody: Custody, candidate):
+        together.wait()
+        return claim(custody, candidate)
+
+    monkeypatch.setattr(Custody, "claim", meeting)
+    for number in range(4):
+        film(site.inbox_dir / "hand" / "patient" / f"study{number}" / "image.png", number, size=64)
+    (site.inbox_dir / "hand" / ".ready").touch()
+    assert [row.state for row in run(site)] == ["done"] * 4
+    assert not list(site.inbox_dir.iterdir())
+
+
+def test_events_bring_a_study_in_between_two_looks_at_everything(site: Settings) -> None:
+    (site.inbox_dir / "patient").mkdir()
+    watching = Daemon(replace(site, scan_seconds=3600.0))
+    thread = threading.Thread(target=watching.run)
+    thread.start()
+    try:
+        word = site.home / STATUS_FILE  # it has looked at everything
+        wait_until(word.exists)
+        film(site.inbox_dir / "patient" / "hand" / "image.png", 1, size=64)
+        wait_until(lambda: [row.state for row in rows(site)] == ["done"])
+    finally:
+        watching.stop()
+        thread.join()
+
+
+def wait_until(come_true: Callable[[], bool], most: float = 45.0) -> None:
+    deadline = time.monotonic() + most
+    while not come_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_late_image_makes_a_revision_that_names_the_one_before(site: Settings) -> None:
