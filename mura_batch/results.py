@@ -192,7 +192,7 @@ def conditions(filters: Filters, *, images: bool = False) -> list[str]:
         wanted.append("readings.study_id IN (SELECT id FROM studies WHERE work = :state)")
     elif filters.state is not None:
         wanted += ["readings.state = :state", _AT_REST]
-        if filters.state is not State.DONE:
+        if filters.state != State.DONE:
             wanted.append(NOT_DONE)
     if filters.reason is not None and not images:
         wanted.append("readings.reason_code = :reason")
