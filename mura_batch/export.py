@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
@@ -14,6 +15,7 @@ from mura_batch.errors import Misconfigured
 from mura_batch.records import IMAGE_FIELDS, STUDY_FIELDS, Filters
 from mura_batch.results import Block, Results
 
+_GROUP = 20  # blocks of a Parquet row group
 _END = "\r\n"
 _QUOTED = re.compile('[,"\r\n]')
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -52,7 +54,7 @@ def export(
 def write_csv(blocks: Iterable[Block], fields: tuple[str, ...], stream: TextIO) -> None:
     """Write rows as CSV with a header (RFC 4180); text cells are safe for spreadsheets.
 
-    A column at a time, which takes half as long as a writer of rows.
+    A column at a time, which is faster than a writer of rows.
     """
     stream.write(",".join(fields) + _END)
     for block in blocks:
@@ -111,15 +113,21 @@ def _parquet(blocks: Iterable[Block], fields: tuple[str, ...], stream: BinaryIO)
     types |= dict.fromkeys(_TIMES, moments)
     kinds = [types.get(name, pa.string()) for name in fields]
     schema = pa.schema(zip(fields, kinds, strict=True))
-    with pq.ParquetWriter(stream, schema) as writer:
-        for block in blocks:
-            columns = [
+    batches = (
+        pa.record_batch(
+            [
                 pa.array(block[name], pa.string()).cast(kind)
                 if kind == moments
                 else pa.array(block[name], kind)
                 for name, kind in zip(fields, kinds, strict=True)
-            ]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            ],
+            schema=schema,
+        )
+        for block in blocks
+    )
+    with pq.ParquetWriter(stream, schema) as writer:
+        while group := list(islice(batches, _GROUP)):
+            writer.write_table(pa.Table.from_batches(group))
 
 
 _Writer = Callable[[Iterable[Block], tuple[str, ...], BinaryIO], None]

@@ -21,7 +21,6 @@ from mura_batch.errors import Misconfigured, Transient
 
 REVISION = "0003"  # newest in migrations/versions; a test holds that they agree
 BUSY_SECONDS = 30.0
-_CACHE_KIB = 64 << 10  # a long export looks up each study by its id, all over an index
 
 Values = Mapping[str, object]
 Ask = Callable[[str, Values], Iterable[Any]]
@@ -99,9 +98,7 @@ def sqlite_connection(file: Path, *, read_only: bool) -> sqlite3.Connection:
         isolation_level=None,  # DDL included
         check_same_thread=False,
     )
-    if read_only:
-        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-    else:
+    if not read_only:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")

@@ -52,7 +52,7 @@ _MOMENTS = tuple(STUDY_FIELDS.index(name) for name in ("received_at", "scored_at
 _VIEW = slice(_STUDY_COLUMNS + 1, _STUDY_COLUMNS + 6)  # after the column that rows are sorted by
 _EVENTS = "SELECT at, study_id, what, detail FROM events WHERE study_id = :study ORDER BY id"
 _DIGEST = 64  # digits of a whole one
-_BLOCK = 5000  # rows of a block: what is in memory at a time
+_BLOCK = 500  # rows of a block: few enough to stay in a processor's cache
 _LABELS = "SELECT study_id, label, area, by, at FROM labels ORDER BY study_id, area"
 
 
@@ -192,7 +192,7 @@ def conditions(filters: Filters, *, images: bool = False) -> list[str]:
         wanted.append("readings.study_id IN (SELECT id FROM studies WHERE work = :state)")
     elif filters.state is not None:
         wanted += ["readings.state = :state", _AT_REST]
-        if filters.state is not State.DONE:
+        if filters.state != State.DONE:
             wanted.append(NOT_DONE)
     if filters.reason is not None and not images:
         wanted.append("readings.reason_code = :reason")

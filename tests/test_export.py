@@ -172,7 +172,7 @@ class Many(Results):
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
 def test_memory_does_not_grow_with_the_rows(stored, tmp_path, monkeypatch, ending):
-    monkeypatch.setattr("mura_batch.results._BLOCK", 2000)
+    monkeypatch.setattr("mura_batch.results._BLOCK", 100)
     peaks = []
     for count in (4000, 40_000):  # enough for the collector to have come in both
         many = Many(stored._reader)

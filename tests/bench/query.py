@@ -30,8 +30,12 @@ LIMIT = 0.5  # seconds
 FILTERED = (
     ("query", "--area", "XR_HAND", "--min-probability", "0.99"),
     ("query", "--state", "quarantined", "--limit", "100"),
+    ("query", "--state", "done", "--limit", "100"),
     ("query", "--decision", "positive", "--limit", "100"),
-    ("query", "--since", "2026-05-01", "--until", "2026-05-03", "--json"),
+    ("query", "--max-probability", "0.001"),
+    ("query", "--reason", "bomb"),
+    ("query", "--weights", "00"),
+    ("query", "--since", "2020-02-01", "--until", "2020-02-02", "--json"),
     ("query", "--images", "--area", "XR_WRIST", "--limit", "100"),
 )
 OTHERS = (("--help",), ("status",), ("models", "list"))
