@@ -2,7 +2,7 @@
 
 Research use only, not a medical device. The way of a study through the modules:
 
-    inbox       find, settle, group: what in the drop folder is complete
+    inbox       find, settle, group: what in the drop folder is complete; wakeup: when to look
     custody     claim it by renames that a restart can repeat; later archive or quarantine it
     study       headers of the claimed files → views, content digest
     area        codes, tags, words, folder names → one of seven areas, with the evidence

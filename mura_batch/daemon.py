@@ -25,7 +25,7 @@ from mura_batch.atomic import write_atomic
 from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.custody import Claim, Custody
 from mura_batch.errors import Misconfigured, MuraError, Transient
-from mura_batch.inbox import Inbox, Wakeup
+from mura_batch.inbox import Inbox
 from mura_batch.lock import LOCK_FILE
 from mura_batch.news import News
 from mura_batch.pipeline import Pipeline
@@ -33,6 +33,7 @@ from mura_batch.records import State
 from mura_batch.scoring import warm_scorer
 from mura_batch.store import Store
 from mura_batch.systemd import ALIVE, READY, STOPPING
+from mura_batch.wakeup import Wakeup
 from mura_batch.weights import WeightsStore
 
 log = logging.getLogger(__name__)

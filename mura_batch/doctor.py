@@ -42,10 +42,10 @@ from mura_batch.area import Area
 from mura_batch.config import STATUS_FILE, Settings
 from mura_batch.errors import Misconfigured, MuraError
 from mura_batch.gpu_decode import decode_on_gpu
-from mura_batch.inbox import Wakeup
 from mura_batch.lock import is_watched
 from mura_batch.reader import REVISION, sqlite_path
 from mura_batch.schema import files, views
+from mura_batch.wakeup import Wakeup
 from mura_batch.weights import WeightsStore
 
 MOUNTS = Path("/proc/mounts")

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 from watchdog.observers.api import BaseObserver
 
 import mura_batch.inbox
+import mura_batch.wakeup
 from mura_batch.config import Settings
 from mura_batch.custody import Candidate, Custody, FoundFile
-from mura_batch.inbox import Inbox, Wakeup
+from mura_batch.inbox import Inbox
 from mura_batch.study import Kind, Peek, peek
+from mura_batch.wakeup import Wakeup
 
 SAMPLES = Path(mura_batch.inbox.__file__).parent / "samples"
 PNG = (SAMPLES / "elbow_lateral.png").read_bytes()
@@ -688,7 +690,7 @@ def test_exception_in_the_handler_costs_only_latency(
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with Wakeup(box.settings) as wakeup:
         assert wakeup._observer is not None
-        monkeypatch.setattr(mura_batch.inbox._Hint, "on_any_event", lambda *_: "" + 1)
+        monkeypatch.setattr(mura_batch.wakeup._Hint, "on_any_event", lambda *_: "" + 1)
         box.put("a.png")
         wakeup._observer.join(timeout=10)
         wakeup.wait(0.2)
@@ -743,7 +745,7 @@ CHURN = """
 import os, sys, shutil, time
 from pathlib import Path
 from mura_batch.config import Settings
-from mura_batch.inbox import Wakeup
+from mura_batch.wakeup import Wakeup
 
 settings = Settings(home=Path(sys.argv[1]))
 with Wakeup(settings) as wakeup:

@@ -2,7 +2,7 @@
 
     python tests/bench/make_database.py /tmp/home --results 100000
 
-makes ``/tmp/home/results.db`` (some 10,000 results a second) and prints how long reading
+makes ``/tmp/home/results.db`` (some thousands of results a second) and prints how long reading
 processes take over it.
 """
 
