@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,6 @@ from mura_batch.results import Block, Results
 
 _GROUP = 20  # blocks of a Parquet row group
 _END = "\r\n"
-_QUOTED = re.compile('[,"\r\n]')
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 _FREE = {"study_uid", "accession", "source", "reason", "image", "error"}  # may hold any text
 _WHOLE_NUMBERS = {"revision", "views", "views_failed"}
@@ -83,11 +81,17 @@ def _cells(name: str, column: Sequence[Any]) -> Sequence[str]:
     cells = [text or "" for text in column]
     if name in _FREE:
         cells = ["'" + text if text.startswith(_FORMULA) else text for text in cells]
-    if _QUOTED.search("".join(cells)):
-        return [
-            '"' + text.replace('"', '""') + '"' if _QUOTED.search(text) else text for text in cells
-        ]
+    if _needs_quotes("".join(cells)):
+        quoted = {
+            text: '"' + text.replace('"', '""') + '"' if _needs_quotes(text) else text
+            for text in set(cells)
+        }
+        cells = [quoted[text] for text in cells]
     return cells
+
+
+def _needs_quotes(text: str) -> bool:
+    return "," in text or '"' in text or "\n" in text or "\r" in text
 
 
 def _csv(blocks: Iterable[Block], fields: tuple[str, ...], stream: BinaryIO) -> None:
