@@ -161,7 +161,8 @@ class Daemon:
             if once and not inbox.waiting:  # what ends the last study does not wake this thread
                 pause = min(pause, max(_ONCE_SECONDS, inbox.last_scan_seconds))
             named = self._wakeup.wait(max(pause, 0.0))
-            if once or self._unrecorded or time.monotonic() >= full_at:
+            hinted = self._wakeup.mode == "events" and not once
+            if not hinted or self._unrecorded or time.monotonic() >= full_at:
                 named = None
         log.info("stopping: what is under way is finished first")
 

@@ -20,7 +20,7 @@ import os
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -347,6 +347,7 @@ class Inbox:
             elif seen.unit != unit:
                 unsettled = now if seen.offers else seen.first
                 seen = _Observation(unit, first=unsettled, since=now)
+            seen.unit = unit  # equal, but what is known of its files is marked in this one
             self._observed[key] = seen
             looked = min(self._folders[folder].listed for folder in unit)
             settled_by = self._why_settled(seen, looked)
@@ -391,7 +392,8 @@ class Inbox:
     def _offer(self, key: _Key, seen: _Observation, settled_by: SettledBy, now: float) -> Candidate:
         seen.offer_at = now + min(self._settle * 2**seen.offers, self._cap)
         seen.offers += 1
-        self._offered |= seen.unit.keys()
+        for folder in seen.unit:  # a claim may take those above along, with their markers
+            self._offered |= {folder, *_parents(folder)}
         files = [known for share in seen.unit.values() for known in share.files]
         for known in files:
             known.offered = True
@@ -424,6 +426,12 @@ def _is_still(known: _Known, entry: os.DirEntry[str]) -> bool:
 
 def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
+
+
+def _parents(folder: str) -> Iterator[str]:
+    while folder:
+        folder = folder.rpartition("/")[0]
+        yield folder
 
 
 def _share(files: list[_Known], unfinished: list[FoundFile]) -> _Share:

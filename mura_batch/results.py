@@ -51,6 +51,7 @@ _STUDY_COLUMNS = len(STUDY_FIELDS) - 1  # the notice is no column
 _MOMENTS = tuple(STUDY_FIELDS.index(name) for name in ("received_at", "scored_at"))
 _VIEW = slice(_STUDY_COLUMNS + 1, _STUDY_COLUMNS + 6)  # after the column that rows are sorted by
 _EVENTS = "SELECT at, study_id, what, detail FROM events WHERE study_id = :study ORDER BY id"
+_LAST = 2**31 - 1  # what has no result yet comes before all revisions
 _DIGEST = 64  # digits of a whole one
 _BLOCK = 500  # rows of a block: few enough to stay in a processor's cache
 _LABELS = "SELECT study_id, label, area, by, at FROM labels ORDER BY study_id, area"
@@ -335,7 +336,7 @@ def _rows_sql(filters: Filters, *, images: bool) -> str:
     together = " UNION ALL ".join(parts)
     sql = together if len(parts) == 1 else f"SELECT * FROM ({together}) AS parts"
     order = ["received_at DESC", "study DESC", "sort_area"]  # as the indexes have it, from the end
-    order += ["revision DESC"] * filters.history + ["sort_view"] * images
+    order += [f"coalesce(revision, {_LAST}) DESC"] * filters.history + ["sort_view"] * images
     limit = "" if filters.limit is None else " LIMIT :limit"
     return f"{sql} ORDER BY {', '.join(order)}{limit}"
 

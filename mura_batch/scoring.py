@@ -316,9 +316,11 @@ class Scorer:
         try:
             started.parts = runtime.infer(np.stack([view.pixels for view in views]))
         except Exception as exc:  # noqa: BLE001 - likewise
-            self._split(started, exc)
-            return None
-        return started
+            error = _bare(exc)
+        else:
+            return started
+        self._split(started, error)
+        return None
 
     def _take(self, under_way: _Pass) -> bool:
         """Wait for the next part of a pass and deliver it; False where that was all."""
@@ -330,9 +332,11 @@ class Scorer:
                 under_way.scored += 1
                 _deliver(view, float(logit), evidence, under_way.runtime)
         except Exception as exc:  # noqa: BLE001 - likewise
-            self._split(under_way, exc)
-            return False
-        return True
+            error = _bare(exc)
+        else:
+            return True
+        self._split(under_way, error)
+        return False
 
     def _split(self, failed: _Pass, error: Exception) -> None:
         """Score what a failed pass left, each half alone, so that one bad view fails alone."""
@@ -360,6 +364,12 @@ class Scorer:
             gone, _ = self._warm.popitem(last=False)
             log.info("network released", extra={"weights": gone[:12]})
         return runtime
+
+
+def _bare(error: Exception) -> Exception:
+    """Let go of the frames of a failed pass: they hold its memory, which the next one needs."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _deliver(view: _Waiting, logit: float, evidence: NDArray[np.float32], runtime: str) -> None:

@@ -113,7 +113,7 @@ def checked(state: Mapping[str, NDArray[Any]], architecture: str) -> Weights:
 def _refusal(architecture: str, what: str, names: list[str]) -> str:
     """Say what is wrong with the tensors of these ``names``, of which the first few are shown."""
     encoder = "" if POOLINGS[architecture] else " with a Transformer encoder"
-    shown = ", ".join(name[:120] for name in names[:_NAMED])
+    shown = ", ".join(ascii(name[:120])[1:-1] for name in names[:_NAMED])
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (
         f"not a DenseNet-121{encoder} with one logit: tensors {what}: {shown}{rest};"

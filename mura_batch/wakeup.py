@@ -41,7 +41,7 @@ class Wakeup:
 
     def __init__(self, settings: Settings) -> None:
         self.mode: Literal["events", "polling"] = "polling"
-        self._inbox = settings.inbox_dir
+        self._inbox = os.path.realpath(settings.inbox_dir)  # a link itself would have no events
         self._wanted = settings.watch != "polling"
         self._news = News()
         self._hint = _Hint(self._news)
@@ -54,8 +54,7 @@ class Wakeup:
             _hush()
             self._hook, threading.excepthook = threading.excepthook, self._thread_ended
             observer = Observer()
-            inbox = os.fspath(self._inbox)
-            observer.schedule(self._hint, inbox, recursive=True, event_filter=_NEWS)
+            observer.schedule(self._hint, self._inbox, recursive=True, event_filter=_NEWS)
             try:
                 observer.start()
             except Exception as exc:  # noqa: BLE001 - limits on watches, trees too deep: events are hints
@@ -91,11 +90,10 @@ class Wakeup:
         if self.mode == "events" and not self._alive():
             log.warning("file system events have ceased: the inbox is polled")
             self.mode = "polling"
-        inbox = os.fspath(self._inbox)
         return {
-            path[len(inbox) + 1 :]
+            path[len(self._inbox) + 1 :]
             for path in self._hint.taken()
-            if path == inbox or path.startswith(inbox + "/")
+            if path == self._inbox or path.startswith(self._inbox + "/")
         }
 
     def wake(self) -> None:

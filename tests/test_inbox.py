@@ -520,6 +520,42 @@ def observed(inbox: Inbox) -> dict[tuple[Kind, str], set[str]]:
     }
 
 
+def test_a_marker_that_went_with_its_claim_says_nothing_of_what_comes_next(box: Box) -> None:
+    box.put("a/b/1.png")
+    box.put("a/.ready")
+    (unit,) = box.scan()
+    assert unit.settled_by == "ready"
+    assert Custody(box.settings).claim(unit)
+    assert not (box.root / "a").exists()
+    box.put("a/b/2.png")
+    assert box.scan(named={"a/b"}) == []
+
+
+def test_a_folder_that_could_not_be_listed_once_is_not_offered_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger: set[FoundFile] = set()
+    box = Box(tmp_path, seen=lambda found: found in ledger, archive="leave")
+    box.put("s/a.png")
+    box.scan()
+    with monkeypatch.context() as failing:
+        listed = os.scandir
+        failed: list[str | Path] = []
+
+        def scandir(path: str | Path) -> object:
+            if os.fspath(path).endswith("/s") and not failed:
+                failed.append(path)
+                raise OSError(errno.EIO, "once")
+            return listed(path)
+
+        failing.setattr(os, "scandir", scandir)
+        box.scan(after=0.5, named={"s"})
+        assert failed
+    (unit,) = box.scan(after=3)
+    ledger.update(unit.files)
+    assert [unit for _ in range(8) for unit in box.scan(after=10)] == []
+
+
 # ---- what a scan costs
 
 
@@ -625,6 +661,15 @@ def test_a_file_wakes_when_it_comes_and_when_it_is_whole_not_at_every_write(box:
         assert waited(wakeup, 1) >= 0.9
         stream.close()
         assert waited(wakeup) < 10
+
+
+def test_an_inbox_that_is_a_link_has_events_too(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    box = Box(tmp_path / "home", inbox=tmp_path / "link")
+    with Wakeup(box.settings) as wakeup:
+        box.put("a.png")
+        assert wakeup.wait(20) == {""}
 
 
 def test_events_name_the_folders_to_look_into(box: Box, tmp_path: Path) -> None:

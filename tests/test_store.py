@@ -281,6 +281,16 @@ def test_rerun_alone_makes_a_new_row_of_a_key(store):
     assert store.study(study.id).rerun is False
 
 
+def test_what_has_no_result_now_comes_before_what_it_had(store):
+    record(store, folder("hand", "a"))
+    study = finish(store)
+    for found in (waiting(State.NEEDS_AREA), waiting(State.NO_WEIGHTS, Area.XR_HAND)):
+        store.rerun(Rerun(studies=(study.id,)))
+        finish(store, found)
+    told = [(row.state, row.revision) for row in rows(store, history=True)]
+    assert told == [("no_weights", None), ("done", 1)]
+
+
 def supersession(store):
     """(area, revision) of each result → of the one it supersedes."""
     older = results.alias()

@@ -11,8 +11,10 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import made_dicom
 import numpy as np
@@ -98,6 +100,34 @@ def test_a_folder_a_loose_image_and_a_dicom_study(site: Settings) -> None:
             assert min(overlay.size) > 100
     assert not list(site.inbox_dir.iterdir())
     assert kept(site, "archive") == ["elbow.png", "image1.png", "image2.png"]
+
+
+@pytest.mark.parametrize("watch", ["auto", "polling"])
+def test_a_study_that_comes_in_folder_after_folder_is_claimed_whole(
+    site: Settings, watch: Literal["auto", "polling"]
+) -> None:
+    """With and without events: its files settle by folders, and new ones of it must be seen."""
+    site = replace(site, watch=watch, settle_seconds=1.0, scan_seconds=30.0)
+    worker = Daemon(site)
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(worker.run)
+        try:
+            for number in range(8):
+                target = site.inbox_dir / f"series{number}/IM1"
+                save_dicom(
+                    target, mark=number, StudyInstanceUID="1.2.3", SOPInstanceUID=f"1.{number}"
+                )
+                time.sleep(0.5)
+            deadline = time.monotonic() + 60
+            while not (found := rows(site)) or found[0].state != "done":
+                assert time.monotonic() < deadline
+                assert not running.done()
+                time.sleep(0.1)
+        finally:
+            worker.stop()
+        running.result()
+    (study,) = rows(site, history=True)
+    assert (study.views, study.revision) == (8, 1)
 
 
 def test_forty_single_view_studies_share_their_forward_passes(

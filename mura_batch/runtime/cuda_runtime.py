@@ -16,7 +16,7 @@ from torch.backends import cudnn
 from mura_batch.network import Evidence, EvidenceNet, Network
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.choice import refusal
-from mura_batch.runtime.inference import Inference, memory_watched, watched
+from mura_batch.runtime.inference import Inference, OutOfMemory, memory_watched, watched
 from mura_batch.runtime.torch_runtime import Passes
 
 log = logging.getLogger(__name__)
@@ -143,8 +143,12 @@ def cuda_runtime(network: Network, spec: Preprocessing, device: str, *, exact: b
     sure = CudaRuntime(network, spec, device, "f32")
     if half is None:
         return sure
-    quick = CudaRuntime(half, spec, device, "fp16")
-    if why := refusal(quick, sure, spec):
+    try:
+        quick = CudaRuntime(half, spec, device, "fp16")
+        why = refusal(quick, sure, spec)
+    except (RuntimeError, OutOfMemory) as exc:  # an old device, or no room for both
+        why = str(exc).partition("\n")[0]
+    if why:
         log.warning("float16 is not used on this machine", extra={"why": why})
         return sure
     return quick
