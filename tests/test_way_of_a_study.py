@@ -107,7 +107,7 @@ def test_a_study_that_comes_in_folder_after_folder_is_claimed_whole(
     site: Settings, watch: Literal["auto", "polling"]
 ) -> None:
     """With and without events: its files settle by folders, and new ones of it must be seen."""
-    site = replace(site, watch=watch, settle_seconds=1.0, scan_seconds=30.0)
+    site = replace(site, watch=watch, settle_seconds=3.0, scan_seconds=30.0)
     worker = Daemon(site)
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(worker.run)
