@@ -104,20 +104,24 @@ def test_a_folder_a_loose_image_and_a_dicom_study(site: Settings) -> None:
 
 @pytest.mark.parametrize("watch", ["auto", "polling"])
 def test_a_study_that_comes_in_folder_after_folder_is_claimed_whole(
-    site: Settings, watch: Literal["auto", "polling"]
+    site: Settings, watch: Literal["auto", "polling"], caplog: pytest.LogCaptureFixture
 ) -> None:
     """With and without events: its files settle by folders, and new ones of it must be seen."""
     site = replace(site, watch=watch, settle_seconds=3.0, scan_seconds=30.0)
+    caplog.set_level(logging.INFO, logger="mura_batch")
+
+    def come(number: int) -> None:
+        uids = {"StudyInstanceUID": "1.2.3", "SOPInstanceUID": f"1.{number}"}
+        save_dicom(site.inbox_dir / f"series{number}/IM1", mark=number, **uids)
+
+    come(0)  # before the first scan: from then on something settles
     worker = Daemon(site)
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(worker.run)
         try:
-            for number in range(8):
-                target = site.inbox_dir / f"series{number}/IM1"
-                save_dicom(
-                    target, mark=number, StudyInstanceUID="1.2.3", SOPInstanceUID=f"1.{number}"
-                )
+            for number in range(1, 8):
                 time.sleep(0.5)
+                come(number)
             deadline = time.monotonic() + 60
             while not (found := rows(site)) or found[0].state != "done":
                 assert time.monotonic() < deadline
@@ -128,6 +132,7 @@ def test_a_study_that_comes_in_folder_after_folder_is_claimed_whole(
         running.result()
     (study,) = rows(site, history=True)
     assert (study.views, study.revision) == (8, 1)
+    assert [record.message for record in caplog.records].count("study received") == 1
 
 
 def test_forty_single_view_studies_share_their_forward_passes(
