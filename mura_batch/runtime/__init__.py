@@ -98,12 +98,11 @@ def _found(device: str) -> str:
 
 
 def _on_torch(weights: Weights, spec: Preprocessing, device: str, precision: str) -> Runtime:
-    from mura_batch.network import network_with  # noqa: PLC0415 - torch takes seconds to import
-    from mura_batch.runtime.torch_runtime import TorchRuntime  # noqa: PLC0415 - likewise
-
     if device.startswith("cuda"):
-        from mura_batch.runtime.cuda_runtime import cuda_runtime  # noqa: PLC0415 - likewise
+        from mura_batch.runtime.cuda_runtime import cuda_runtime  # noqa: PLC0415 - torch, seconds
 
-        return cuda_runtime(network_with(weights), spec, device, exact=precision == "f32")
+        return cuda_runtime(weights, spec, device, exact=precision == "f32")
+    from mura_batch.network import network_with  # noqa: PLC0415 - torch takes seconds to import
+    from mura_batch.runtime.torch_runtime import TorchRuntime  # noqa: PLC0415 - torch, seconds
 
     return TorchRuntime(network_with(weights), spec, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from typing import Final, Literal
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.backends import cudnn
 
-from mura_batch.network import Evidence, EvidenceNet, Network
+from mura_batch.network import Evidence, EvidenceNet, Network, network_with
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.choice import refusal
 from mura_batch.runtime.inference import Inference, OutOfMemory, memory_watched, watched
 from mura_batch.runtime.torch_runtime import Passes
+from mura_batch.tensors import Weights
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class CudaRuntime:
         with memory_watched(0, device):
             self._forward = Passes(network, spec, device, precision)
             self._copying, self._computing = (
-                torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has none
+                torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
                 for _ in range(2)
             )
             self._computing.wait_stream(torch.cuda.current_stream(device))  # for the weights
@@ -89,7 +89,7 @@ class CudaRuntime:
                 found[: len(part)].to("cpu", non_blocking=True) for found in evidence
             )  # into pinned memory
             # To wait for it takes no core from the decoders.
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # likewise
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # nor for it
             done.record(self._computing)
 
         def fetched() -> Inference:
@@ -134,17 +134,16 @@ class CudaRuntime:
         return replayed
 
 
-def cuda_runtime(network: Network, spec: Preprocessing, device: str, *, exact: bool) -> CudaRuntime:
+def cuda_runtime(weights: Weights, spec: Preprocessing, device: str, *, exact: bool) -> CudaRuntime:
     """Return the network in float16, where that is right and faster here; else in f32.
 
     ``exact`` asks for f32 in any case.
     """
-    half = None if exact else copy.deepcopy(network)
-    sure = CudaRuntime(network, spec, device, "f32")
-    if half is None:
+    sure = CudaRuntime(network_with(weights), spec, device, "f32")
+    if exact:
         return sure
     try:
-        quick = CudaRuntime(half, spec, device, "fp16")
+        quick = CudaRuntime(network_with(weights), spec, device, "fp16")
         why = refusal(quick, sure, spec)
     except (RuntimeError, OutOfMemory) as exc:  # an old device, or no room for both
         why = str(exc).partition("\n")[0]
