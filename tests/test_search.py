@@ -93,6 +93,31 @@ def test_a_search_killed_in_a_trial_goes_on_with_it(atlas: Path, tmp_path: Path)
     assert not list(run.glob("trials/*/*/network.pt"))
 
 
+def test_trials_cut_off_while_they_drew_values_are_no_settings_to_try(
+    atlas: Path, tmp_path: Path
+) -> None:
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+    study = optuna.create_study(study_name="settings", storage=storage, direction="maximize")
+    base = {
+        "size": SMALL.preprocessing.size,
+        "fit": SMALL.preprocessing.fit,
+        "frozen": SMALL.stages[-1].frozen,
+        "head_epochs": SMALL.head_epochs,
+        "rate": SMALL.rate,
+        "block_decay": SMALL.block_decay,
+        "weight_decay": SMALL.weight_decay,
+        "augmentation": SMALL.augmentation,
+        "imbalance": SMALL.imbalance,
+    }
+    study.enqueue_trial(base)
+    study.ask().suggest_categorical("size", (64, 96))
+    study.ask().suggest_int("frozen", 0, 3)
+    search(read(atlas), tmp_path, SMALL, trials=1, folds=2)
+    *cut, tried = trials(tmp_path)
+    assert [trial.state for trial in cut] == [TrialState.FAIL, TrialState.FAIL]
+    assert tried.params == base
+
+
 def test_what_an_error_cut_off_is_tried_again_and_what_goes_off_is_not(
     atlas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ _LARGE = ("state.pt", "best.pt", "network.pt")  # of a trial, not needed once it
 _STARTUP = 5  # trials before the first is pruned
 _MOST_OFF = 5  # trials that go off before a search gives up
 _OFF = "off"  # attribute of trials whose loss was no number
+_SETTINGS = "settings"  # attribute of trials that have drawn all their values
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 _KEPT = (*_ENDED, TrialState.WAITING)
 
@@ -168,8 +169,11 @@ def _begin_anew(study: optuna.Study, base: FitSettings) -> None:
 
 
 def _fixed(trial: FrozenTrial) -> dict[str, object]:
-    """Return a trial's values, drawn or queued."""
-    return trial.params or trial.system_attrs.get("fixed_params", {})
+    """Return a trial's values, queued or drawn; none where it was cut off while drawing them."""
+    queued = trial.system_attrs.get("fixed_params")
+    if queued is not None:
+        return cast("dict[str, object]", queued)
+    return trial.params if _SETTINGS in trial.user_attrs else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +203,7 @@ class _Search:
 
     def _measured(self, trial: optuna.Trial) -> float:
         settings = _suggested(trial, self.base)
-        trial.set_user_attr("settings", json.dumps(asdict(settings)))
+        trial.set_user_attr(_SETTINGS, json.dumps(asdict(settings)))
         own = self.run / "trials" / hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
         folds = sorted({film.split for film in self.data.films})
         found: list[float] = []
@@ -284,7 +288,7 @@ def _best(run: Path, base: FitSettings) -> Best:
     ended = [trial for trial in study.trials if trial.state in _ENDED]
     if not any(trial.state is TrialState.COMPLETE for trial in ended):
         raise Transient(f"{run}: no trial has come to its end: run the same command again.")
-    settings = settings_of(json.loads(study.best_trial.user_attrs["settings"]))
+    settings = settings_of(json.loads(study.best_trial.user_attrs[_SETTINGS]))
     best = Best(settings, study.best_value, len(ended))
     write_json(asdict(best), run / "best.json")
     return best
