@@ -138,7 +138,7 @@ class Daemon:
         self, inbox: Inbox, store: Store, custody: Custody, pipeline: Pipeline, *, once: bool
     ) -> None:
         """Scan, claim and wait until told to stop (the main thread)."""
-        ready = False
+        ready = expecting = False
         full_at = 0.0  # when the whole inbox is looked at again
         named: set[str] | None = None
         while not self._stopping:
@@ -148,6 +148,9 @@ class Daemon:
                 ready = True
             self._notify(ALIVE)
             self._say(inbox)
+            if inbox.waiting and not expecting:
+                pipeline.expect()
+                expecting = True
             idle = not (claimed or inbox.waiting or self._unrecorded)
             if once and idle and pipeline.idle and not store.busy(datetime.now(UTC)):
                 return

@@ -181,6 +181,12 @@ class Pipeline:
 
     # ---- scoring
 
+    def expect(self) -> None:
+        """Have the network made ready for studies that may come, where all areas have the same."""
+        cards = {card.sha256: card for area in Area if (card := self._active(area)) is not None}
+        if len(cards) == 1:
+            self._scorer.expect(*cards.values())
+
     def feed(self, studies: Iterable[StoredStudy]) -> None:
         """Start the studies that were taken from the queue; waits where too much is in flight.
 

@@ -188,6 +188,7 @@ class Scorer:
         self._cache_bytes = cache_bytes
         self._warm: OrderedDict[str, Runtime] = OrderedDict()
         self._lanes: dict[str, _Lane] = {}
+        self._expected: Card | None = None
         self._feeding = 0
         self._closing = False
         self._changed = threading.Condition()
@@ -202,6 +203,12 @@ class Scorer:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+
+    def expect(self, card: Card) -> None:
+        """Make a network ready before there are views for it."""
+        with self._changed:
+            self._expected = card
+            self._changed.notify_all()
 
     @contextmanager
     def feeding(self) -> Iterator[None]:
@@ -262,9 +269,14 @@ class Scorer:
                 while (lane := self._next(under_way)) is None and not under_way:
                     if self._closing and not any(x.waiting for x in self._lanes.values()):
                         return
+                    if self._expected:
+                        break
                     self._changed.wait(self._until_due())
+                expected, self._expected = self._expected, None
                 size = min(self._batch, len(lane.waiting)) if lane else 0
                 views = [lane.waiting.popleft() for _ in range(size)] if lane else []
+            if expected:
+                self._made_ready(expected)
             if lane and (started := self._started(lane.card, views)):
                 under_way.append(started)
             if under_way and not self._take(under_way[0]):
@@ -351,6 +363,12 @@ class Scorer:
             again = self._started(failed.card, half) if half else None
             while again and self._take(again):
                 pass
+
+    def _made_ready(self, card: Card) -> None:
+        try:
+            self._runtime(card)
+        except Exception as exc:  # noqa: BLE001 - the views that need it will hear of it
+            log.warning("network not ready", extra={"weights": card.short, "why": str(exc)})
 
     def _runtime(self, card: Card) -> Runtime:
         if card.sha256 in self._warm:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from site_home import make_home
 
 from mura_batch.area import Area
 from mura_batch.config import Settings
+from mura_batch.daemon import Daemon
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
 from mura_batch.runtime import Inference, Runtime, load
 from mura_batch.scoring import Scorer, warm_scorer
@@ -109,6 +113,47 @@ def test_a_view_waits_for_announced_company_no_longer_than_the_bound(
         started = time.monotonic()
         scorer.submit(card, views(card, 1)[0]).result(30)
         assert time.monotonic() - started >= 0.3
+
+
+def test_an_expected_network_is_made_ready_before_there_are_views(
+    watched: Watched, card: Card
+) -> None:
+    made = threading.Semaphore(0)
+    loads: list[bool] = []
+
+    def ready(_: Card) -> Runtime:
+        loads.append(bool(loads))
+        made.release()
+        if not loads[-1]:
+            raise WeightsRefused("not yet")
+        return watched
+
+    with Scorer(ready, batch=16, batch_seconds=3600) as scorer:
+        for _ in range(2):  # what failed once is tried again
+            scorer.expect(card)
+            assert made.acquire(timeout=30)
+        scorer.announce(card)
+        scorer.submit(card, views(card, 1)[0]).result(30)
+    assert loads == [False, True]
+
+
+def test_the_network_is_made_ready_while_the_first_study_settles(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = Settings(home=make_home(tmp_path / "home").path, runtime="torch", settle_seconds=3600.0)
+    (site.inbox_dir / "hand.png").touch()
+    watching = Daemon(site)
+    with caplog.at_level("INFO"), ThreadPoolExecutor(1) as beside:
+        running = beside.submit(watching.run)
+        try:
+            deadline = time.monotonic() + 60
+            while "network ready" not in caplog.messages:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            watching.stop()
+    assert not running.result().finished
+    assert "study received" not in caplog.messages
 
 
 def test_a_withdrawn_view_holds_nobody_up(watched: Watched, card: Card) -> None:
