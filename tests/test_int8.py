@@ -124,7 +124,7 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def test_a_compiled_network_is_found_again_without_compiling_it(tmp_path: Path) -> None:
-    here = partial(load, WEIGHTS, device="cpu")
+    here = partial(load, WEIGHTS, runtime="openvino")
     first = here(SPEC, kept=tmp_path / "own")
     with nothing_compiled():
         again = here(SPEC, kept=tmp_path / "own")
@@ -138,12 +138,12 @@ def test_a_compiled_network_is_found_again_without_compiling_it(tmp_path: Path) 
 
 def test_a_compiled_network_of_other_weights_is_not_taken_for_these(tmp_path: Path) -> None:
     for name in ("one", "other"):
-        load(WEIGHTS, SPEC, device="cpu", kept=tmp_path / name)
+        load(WEIGHTS, SPEC, runtime="openvino", kept=tmp_path / name)
     (one,), (other,) = ((tmp_path / name).iterdir() for name in ("one", "other"))
     one.rename(other.with_name(one.name))
     other.unlink()
     with nothing_compiled(), pytest.raises(AssertionError, match="compiled again"):
-        load(WEIGHTS, SPEC, device="cpu", kept=tmp_path / "other")
+        load(WEIGHTS, SPEC, runtime="openvino", kept=tmp_path / "other")
 
 
 def test_a_refusal_is_kept_and_told_at_every_start(
@@ -154,7 +154,12 @@ def test_a_refusal_is_kept_and_told_at_every_start(
         caplog.clear()
         with start:
             found = load(
-                WEIGHTS, SPEC, device="cpu", precision="auto", ranges=clipped, kept=tmp_path / "own"
+                WEIGHTS,
+                SPEC,
+                runtime="openvino",
+                precision="auto",
+                ranges=clipped,
+                kept=tmp_path / "own",
             )
         assert found.precision == "f32"
         assert any("off in the mean" in getattr(record, "why", "") for record in caplog.records)
@@ -162,7 +167,7 @@ def test_a_refusal_is_kept_and_told_at_every_start(
 
 @pytest.mark.parametrize("harm", [b"", b"{}\n", b"\xff\xfe not JSON", None])
 def test_a_damaged_compiled_network_is_made_anew(harm: bytes | None, tmp_path: Path) -> None:
-    here = partial(load, WEIGHTS, SPEC, device="cpu", kept=tmp_path / "own")
+    here = partial(load, WEIGHTS, SPEC, runtime="openvino", kept=tmp_path / "own")
     true = score(here(), films(1)).logits
     (file,) = (tmp_path / "own").iterdir()
     file.write_bytes(file.read_bytes()[:-9] + b"tampered!" if harm is None else harm)

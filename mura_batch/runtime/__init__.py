@@ -40,8 +40,9 @@ def load(
     Args:
         weights: of the network; they stay as they are.
         spec: the preprocessing from the weights' card: size, mean, standard deviation.
-        runtime: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is
-            installed, else torch. The hybrid's map needs gradients, so torch runs it.
+        runtime: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is installed and,
+            where that can be ``kept``, measured not to be slower, else torch. The hybrid's map
+            needs gradients, so torch runs it.
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda:N``, ``mps``.
         precision: ``f32``, or ``auto``: int8 on a CPU where there are ``ranges``, float16 on a
             CUDA device, where that is right and faster here (:mod:`mura_batch.runtime.choice`).
@@ -68,6 +69,7 @@ def load(
     ranges = ranges if precision == "auto" else {}
     try:
         from mura_batch.runtime.compiled import fastest, recalled  # noqa: PLC0415 - an extra
+        from mura_batch.runtime.race import won_by_torch  # noqa: PLC0415 - likewise
     except ImportError as exc:
         if runtime == "auto":
             return _on_torch(weights, spec, found, precision)
@@ -82,9 +84,11 @@ def load(
             "the openvino runtime has no gradients, which the map of a hybrid network needs: set"
             " `runtime` to auto or torch"
         )
-    if kept and (warm := recalled(kept, spec, ranges)):
-        return warm
-    return fastest(weights, spec, ranges, kept)
+    made = recalled(kept, spec, ranges) if kept else None
+    made = made or fastest(weights, spec, ranges, kept)
+    if runtime == "auto" and kept and won_by_torch(made, weights.architecture, spec.size, kept):
+        return _on_torch(weights, spec, found, precision)
+    return made
 
 
 def _found(device: str) -> str:

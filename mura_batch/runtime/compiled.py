@@ -97,14 +97,16 @@ def _file(kept: Path, spec: Preprocessing, ranges: Mapping[str, float]) -> Path:
         asdict(spec),
         dict(ranges),
         openvino.__version__,
-        *(
-            _core().get_property("CPU", about)
-            for about in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
-        ),
-        os.cpu_count(),
+        *machine(),
         *(source.read_text(encoding="utf-8") for source in _SOURCES),
     )
     return kept / (hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24] + _ENDING)
+
+
+def machine() -> list[object]:
+    """Return what tells processors apart that networks run on, as JSON has it."""
+    about = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
+    return [*(_core().get_property("CPU", name) for name in about), os.cpu_count()]
 
 
 @cache

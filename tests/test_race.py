@@ -1,0 +1,68 @@
+"""``runtime = "auto"`` takes what is faster here, and asks once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mura_batch.area import Area
+from mura_batch.runtime import Inference, load, race, words
+from mura_batch.runtime.openvino_runtime import OpenVinoRuntime
+from mura_batch.weights import load_bundled
+
+pytest.importorskip("openvino")
+WEIGHTS, CARD = load_bundled(Area.XR_HAND)
+SIZE = CARD.preprocessing.size
+
+
+def test_the_faster_runtime_is_taken_and_known_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = partial(load, WEIGHTS, CARD.preprocessing, device="cpu")
+    here = auto(kept=tmp_path / "as-it-is")
+    told = json.loads((tmp_path / "as-it-is/race.json").read_text())
+    assert all(0 < told[name] < 60 for name in ("torch", "openvino"))
+    assert here.name == ("torch" if told["torch"] < 0.9 * told["openvino"] else "openvino")
+
+    quick = OpenVinoRuntime.infer
+
+    def slow(self: OpenVinoRuntime, pixels: np.ndarray) -> Iterator[Inference]:
+        time.sleep(2 * told["torch"])
+        return quick(self, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenVinoRuntime, "infer", slow)
+        assert words(auto(kept=tmp_path / "slow")) == "torch f32 cpu"
+
+    def never(*_: object) -> float:
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(race, "_seconds", never)
+    assert auto(kept=tmp_path / "slow").name == "torch"
+    assert auto(kept=tmp_path / "as-it-is").name == here.name
+    assert load(WEIGHTS, CARD.preprocessing, runtime="openvino", kept=tmp_path / "slow").name == (
+        "openvino"
+    )
+    assert auto().name == "openvino"  # nowhere to keep what was found out
+    for harm in ("", "{}", json.dumps(told | {"on": "another machine"})):
+        (tmp_path / "slow/race.json").write_text(harm)
+        with pytest.raises(AssertionError, match="timed again"):
+            auto(kept=tmp_path / "slow")
+
+
+def test_where_torch_does_not_run_openvino_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "_LONGEST", 0.01)
+    race._of_torch.cache_clear()
+    try:
+        here = load(WEIGHTS, CARD.preprocessing, device="cpu", kept=tmp_path)
+    finally:
+        race._of_torch.cache_clear()
+    assert here.name == "openvino"
