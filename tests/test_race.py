@@ -66,3 +66,4 @@ def test_where_torch_does_not_run_openvino_does(
     finally:
         race._of_torch.cache_clear()
     assert here.name == "openvino"
+    assert not (tmp_path / "race.json").exists()  # it is asked again at the next start

@@ -42,13 +42,16 @@ def won_by_torch(openvino: Runtime, architecture: str, size: int, kept: Path) ->
         told = json.loads((kept / _FILE).read_text(encoding="utf-8"))
         if told["on"] == on:
             return bool(told["torch"] < _CLEARLY * told["openvino"])
-    seconds = {"torch": _of_torch(architecture, size), "openvino": _seconds(openvino, size)}
+    torch = _of_torch(architecture, size)
+    if torch is None:
+        return False
+    seconds = {"torch": torch, "openvino": _seconds(openvino, size)}
     text = json.dumps({"on": on, **seconds}).encode()
     try:
         write_atomic(kept / _FILE, lambda stream: stream.write(text))
     except OSError as exc:
         log.warning("which runtime is faster cannot be kept", extra={"error": str(exc)})
-    return seconds["torch"] < _CLEARLY * seconds["openvino"]
+    return torch < _CLEARLY * seconds["openvino"]
 
 
 def _seconds(runtime: Runtime, size: int) -> float:
@@ -63,8 +66,8 @@ def _seconds(runtime: Runtime, size: int) -> float:
 
 
 @cache
-def _of_torch(architecture: str, size: int) -> float:
-    """Return the seconds that torch takes; more than any where it does not run here."""
+def _of_torch(architecture: str, size: int) -> float | None:
+    """Return the seconds that torch takes; None where it does not run, or was ended."""
     command = [sys.executable, "-m", __name__, architecture, str(size)]
     try:
         done = subprocess.run(  # noqa: S603 - this interpreter, this module, a name and a number
@@ -78,7 +81,7 @@ def _of_torch(architecture: str, size: int) -> float:
         return float(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as exc:
         log.warning("torch could not be timed", extra={"error": str(exc)})
-        return sys.float_info.max
+        return None
 
 
 def _main() -> None:
