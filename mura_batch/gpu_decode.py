@@ -15,7 +15,7 @@ def decode_on_gpu() -> None:
     """
     try:
         from nvidia import nvimgcodec  # noqa: PLC0415 - an option, of which most have nothing
-        from nvidia.nvimgcodec.tools.dicom import pydicom_plugin  # noqa: PLC0415 - likewise
+        from nvidia.nvimgcodec.tools.dicom import pydicom_plugin  # noqa: PLC0415 - comes with it
     except ImportError as exc:
         raise Misconfigured(
             "`gpu_decode` needs nvImageCodec: pip install 'nvidia-nvimgcodec-cu12[all]>=0.8'"

@@ -205,7 +205,10 @@ class Scorer:
         self._thread.join()
 
     def expect(self, card: Card) -> None:
-        """Make a network ready before there are views for it."""
+        """Make a network ready before there are views for it.
+
+        Errors are logged, and raised for the first views that need it.
+        """
         with self._changed:
             self._expected = card
             self._changed.notify_all()
@@ -327,7 +330,7 @@ class Scorer:
         started = _Pass(card, words(runtime), views)
         try:
             started.parts = runtime.infer(np.stack([view.pixels for view in views]))
-        except Exception as exc:  # noqa: BLE001 - likewise
+        except Exception as exc:  # noqa: BLE001 - a pass may fail in any way: see _split
             error = _bare(exc)
         else:
             return started
@@ -343,7 +346,7 @@ class Scorer:
                 view = under_way.views[under_way.scored]
                 under_way.scored += 1
                 _deliver(view, float(logit), evidence, under_way.runtime)
-        except Exception as exc:  # noqa: BLE001 - likewise
+        except Exception as exc:  # noqa: BLE001 - what fails late is split like what fails at once
             error = _bare(exc)
         else:
             return True

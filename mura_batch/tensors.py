@@ -27,7 +27,7 @@ POOLINGS: Final[Mapping[str, Pooling | None]] = MappingProxyType(
 )
 BLOCKS: Final = (6, 12, 24, 16)  # layers of DenseNet-121's dense blocks
 TOKEN_WIDTH: Final = 256  # of the hybrid's encoder
-ENCODER_LAYERS: Final = 2  # likewise
+ENCODER_LAYERS: Final = 2  # of the hybrid's encoder
 
 _GROWTH, _BOTTLENECK = 32, 128  # channels that a layer adds, and that it computes them from
 _AFFINE = ("weight", "bias")

@@ -286,9 +286,16 @@ def test_claim_loses_nothing_when_the_disk_refuses_a_step(fast: Path, far: Path,
 
 def settled_moves(custody: Custody, claim: Claim) -> dict[str, list[Callable[[], None]]]:
     bad = next(name for name in FILES if name.endswith("same.png"))
-    archive = lambda: custody.to_archive(STUDY, claim.id)  # noqa: E731
-    quarantine = lambda: custody.to_quarantine(STUDY, claim.id, REASON)  # noqa: E731
-    view = lambda: custody.quarantine_file(STUDY, claim.id, bad, REASON)  # noqa: E731
+
+    def archive() -> None:
+        custody.to_archive(STUDY, claim.id)
+
+    def quarantine() -> None:
+        custody.to_quarantine(STUDY, claim.id, REASON)
+
+    def view() -> None:
+        custody.quarantine_file(STUDY, claim.id, bad, REASON)
+
     return {
         "archive": [archive],
         "quarantine": [quarantine],

@@ -232,7 +232,7 @@ def test_every_file_belongs_to_exactly_one_unit(
     expected = [
         name
         for folder, _, files in os.walk(box.root)
-        for name in (os.path.relpath(os.path.join(folder, f), box.root) for f in files)  # noqa: PTH118
+        for name in (os.path.relpath(f"{folder}/{file}", box.root) for file in files)
         if not any(part.startswith(".") for part in name.split("/"))
         and not name.endswith((".part", "~", "DICOMDIR"))
     ]

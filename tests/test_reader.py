@@ -85,7 +85,7 @@ def test_times_count_in_any_zone_and_naive_ones_are_refused(store):
     with pytest.raises(ValueError, match="naive"):
         list(store.query(Filters(since=datetime(2026, 1, 1))))  # noqa: DTZ001 - the point
     with pytest.raises(ValueError, match="naive"):
-        store.counts(datetime(2026, 1, 1))  # noqa: DTZ001 - likewise
+        store.counts(datetime(2026, 1, 1))  # noqa: DTZ001 - counts refuse it too
 
 
 def test_text_that_no_database_holds_matches_nothing(store):

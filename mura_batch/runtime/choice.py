@@ -29,12 +29,13 @@ def refusal(quick: Runtime, exact: Runtime, spec: Preprocessing) -> str:
     off = float(np.abs(_probabilities(own) - _probabilities(true)).mean())
     if not off <= _MOST_OFF:
         return f"the sample films' probabilities are {off:.3f} off in the mean"
-    turns = [(_seconds(quick, films), _seconds(exact, films)) for _ in range(_TURNS)]
+    turns = [(seconds_of(quick, films), seconds_of(exact, films)) for _ in range(_TURNS)]
     times = min(turn[0] for turn in turns) / min(turn[1] for turn in turns)
     return "" if times < 1 else f"it takes {times:.1f} times as long as f32"
 
 
-def _seconds(runtime: Runtime, films: NDArray[np.uint8]) -> float:
+def seconds_of(runtime: Runtime, films: NDArray[np.uint8]) -> float:
+    """Return the seconds that one pass over ``films`` (N, size, size) takes."""
     began = time.perf_counter()
     Inference.joined(runtime.infer(films))
     return time.perf_counter() - began

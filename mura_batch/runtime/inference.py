@@ -56,13 +56,13 @@ class Runtime(Protocol):
     def name(self) -> str: ...  # noqa: D102 - the class's Attributes say it
 
     @property
-    def device(self) -> str: ...  # noqa: D102
+    def device(self) -> str: ...  # noqa: D102 - the class's Attributes name the values
 
     @property
-    def precision(self) -> Precision: ...  # noqa: D102 - likewise
+    def precision(self) -> Precision: ...  # noqa: D102 - the Attributes list all three
 
     @property
-    def nbytes(self) -> int: ...  # noqa: D102
+    def nbytes(self) -> int: ...  # noqa: D102 - the class's Attributes give the unit
 
     def infer(self, pixels: NDArray[np.uint8]) -> Iterator[Inference]:
         """Start to score luminance of shape (N, S, S), N at least 1, S the side the weights want.

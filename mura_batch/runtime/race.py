@@ -10,7 +10,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -20,8 +19,9 @@ import numpy as np
 
 from mura_batch.atomic import write_atomic
 from mura_batch.preprocessing import Preprocessing
+from mura_batch.runtime.choice import seconds_of
 from mura_batch.runtime.compiled import machine
-from mura_batch.runtime.inference import Inference, Runtime
+from mura_batch.runtime.inference import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ _LONGEST = 120.0  # seconds for torch to start and to pass them
 def won_by_torch(openvino: Runtime, architecture: str, size: int, kept: Path) -> bool:
     """Return whether torch takes clearly less time for films of ``size`` than the runtime at hand.
 
-    ``kept`` is the folder of these weights alone.
+    ``kept`` is the folder of these weights alone; the answer stays there, in ``race.json``, until
+    the processor or a runtime's version is another.
     """
     on = [*machine(), openvino.precision, size, version("torch"), version("openvino")]
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -57,12 +58,7 @@ def won_by_torch(openvino: Runtime, architecture: str, size: int, kept: Path) ->
 def _seconds(runtime: Runtime, size: int) -> float:
     """Return the least time of some turns; speed does not depend on what films show."""
     films = np.random.default_rng(0).integers(0, 256, (_FILMS, size, size)).astype(np.uint8)
-    turns = []
-    for _ in range(_TURNS):
-        began = time.perf_counter()
-        Inference.joined(runtime.infer(films))
-        turns.append(time.perf_counter() - began)
-    return min(turns)
+    return min(seconds_of(runtime, films) for _ in range(_TURNS))
 
 
 @cache

@@ -171,8 +171,8 @@ def main() -> None:
         started = time.perf_counter()
         fill(url, options.results)
         took = time.perf_counter() - started
-        print(f"filled with {options.results} results in {took:.0f} s: {file}")  # noqa: T201
-    print("wall and CPU seconds of a process, the best of five")  # noqa: T201
+        print(f"filled with {options.results} results in {took:.0f} s: {file}")  # noqa: T201 - what it did
+    print("wall and CPU seconds of a process, the best of five")  # noqa: T201 - the table's head
     for query in ("Filters(limit=0)", *QUERIES):
         walls, cpus = [], []
         for _ in range(5):
@@ -183,7 +183,7 @@ def main() -> None:
             walls.append(time.perf_counter() - started)
             cpus.append(children() - spent)
         times = f"{min(walls):.3f} s wall  {min(cpus):.3f} s CPU"
-        print(f"{times}  {found.stdout.strip():>6} rows  {query}")  # noqa: T201
+        print(f"{times}  {found.stdout.strip():>6} rows  {query}")  # noqa: T201 - a row of it
 
 
 def children() -> float:

@@ -112,7 +112,7 @@ def _csv(file: Path) -> Iterator[Row]:
 
 def _parquet(file: Path) -> Iterator[Row]:
     import pyarrow as pa  # noqa: PLC0415 - a fifth of a second that a CSV need not wait for
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415 - needed for Parquet alone, like pyarrow
 
     try:
         table = pq.read_table(file)
