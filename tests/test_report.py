@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_atlas import TINY, write_atlas
 
 from mura_batch.errors import Misconfigured
-from training.crossval import Record, cross_validate
+from training.crossval import ALL_FOLDS, Record, cross_validate
 from training.data_report import survey
 from training.dataset import Region
 from training.pictures import draw, pictures_of
@@ -44,6 +44,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "records/variants").mkdir()
     changed = replace(same, settings=replace(whole, inside=0.5))
     write_json(changed.to_json(), root / "records/variants/more-inside.json")
+    for name in ("0", ALL_FOLDS):  # as if the folds had begun with trunks
+        trunk = root / "records/trunks" / name
+        trunk.mkdir(parents=True)
+        for file in ("run.json", "outcome.json"):
+            shutil.copy(root / "runs/generalist/fold-1" / file, trunk)
     (root / "records/data.json").write_text(survey(data, workers=1).to_json())
     return root
 
@@ -74,7 +79,7 @@ def test_the_note_says_what_the_records_say(made: Path, tmp_path: Path) -> None:
     assert "research use only" in note
     record = Record.read(made / "records/generalist.json")
     for fold in record.folds:
-        (row,) = (row for row in rows(note, fold.name) if len(row) == 6)
+        (row,) = (row for row in rows(note, fold.name) if len(row) == 6 and "/" in row[4])
         assert row[1:4] == [str(fold.films), "2", str(fold.seconds)]
         assert row[4] == "5 / 2"
     (hand,) = rows(note, "no first phase")
@@ -83,6 +88,11 @@ def test_the_note_says_what_the_records_say(made: Path, tmp_path: Path) -> None:
     (variant,) = rows(note, "more inside")
     assert variant[1] == "inside 0.5 (0.0)"
     assert rows(note, "base")[0][7] == "-"
+    (trunk,) = (row for row in rows(note, ALL_FOLDS) if len(row) == 6)
+    told = json.loads((made / "records/trunks/all/outcome.json").read_text())
+    assert trunk[2:] == ["2", str(told["seconds"]), *(f"{told['losses'][n]:.3f}" for n in (0, -1))]
+    assert "pretrain fracatlas runs/trunk-0 --held-out 0\n" in note
+    assert "pretrain fracatlas runs/trunk-all\n" in note
     (special,) = (row for row in rows(note, "XR_HAND") if row[1] == "hand")
     assert special[2] == "rate 0.0001 (0.0003)"
     assert rows(note, "XR_WRIST")[0][1:] == ["2134 / 1326", "9752", "140 / 97", "659"]

@@ -30,18 +30,16 @@ from mura_batch.area import Area
 from mura_batch.errors import Misconfigured, Transient, WeightsRefused
 from mura_batch.network import EvidenceNet
 from mura_batch.preprocessing import Preprocessing
-from mura_batch.weights import BUNDLED, WeightsStore, bundled_card, read_card, read_weights
+from mura_batch.weights import BUNDLED, WeightsStore, bundled_card
 from mura_batch.weights_import import Facts, import_checkpoint, load_checkpoint
-from training.crossval import Fold, Record, join, score_run, study_figures
+from training.crossval import Fold, Record, join, score_run
 from training.dataset import Film, Region
 from training.evaluate import FilmScore
 from training.fit import divide, fit
 from training.loader import Drawn
-from training.localisation import Localised
 from training.objectives import film_order, film_weights
 from training.optimisation import parameter_groups, warm_cosines
 from training.prepared import Prepared
-from training.publish import publish_bundled
 from training.run_folder import alone_in, write_json
 from training.settings import TRUNK, FitSettings, Stage
 from training.sources import fracatlas, read
@@ -105,63 +103,6 @@ def test_a_cut_off_run_goes_on_to_nearly_the_same_network_on_a_gpu(
     one, other = (score_run(tmp_path / name, data.films, "cuda:0") for name in ("whole", "cut"))
     apart = [abs(a.logit - b.logit) for a, b in zip(one, other, strict=True)]
     assert max(apart) < 0.05
-
-
-def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
-    atlas: Path, whole: Path, tmp_path: Path
-) -> None:
-    data = fracatlas.read(atlas)
-    unseen = [film for film in data.films if film.split == "0"]
-    scores = tuple(
-        replace(
-            one,
-            film=replace(one.film, study=f"{one.film.study}-{n}", patient=f"{n}{one.film.patient}"),
-            logit=one.logit + 5 * one.film.label,  # else some thresholds find none
-            localised=Localised(hit=True, chance=0.1, energy=0.5, overlap=0.2)
-            if one.film.label
-            else None,
-        )
-        for n in range(4)  # else they are too few to estimate anything
-        for one in score_run(whole, unseen)
-    )
-    every = tmp_path / "every"
-    fit(data, every, TINY, workers=0)
-    start = json.loads((every / "run.json").read_text())["start"]
-    fold = Fold("0", start, 10, "data", 1, (0.5,), {}, 1)
-    record = Record(TINY, "nothing", data.target, ("XR_HAND",), (fold,), scores)
-    write_json(record.to_json(), tmp_path / "record.json")
-    kept = Record.read(tmp_path / "record.json")
-    assert kept.settings == TINY
-    assert [one.logit for one in kept.scores] == [one.logit for one in scores]
-    assert [one.film for one in kept.scores] == [
-        replace(one.film, path=Path(one.film.path.name), where="") for one in scores
-    ]
-
-    with pytest.raises(Misconfigured, match="without some folds"):
-        publish_bundled(data.films, kept, whole, tmp_path / "bundle")
-    file = publish_bundled(data.films, kept, every, tmp_path / "bundle")
-    for area in Area:
-        card = read_card(tmp_path / "bundle/cards" / f"{area}.json")
-        assert card.area is area
-        assert card.preprocessing == TINY.preprocessing
-        assert read_weights(file, card) is not None
-    hand = read_card(tmp_path / "bundle/cards/XR_HAND.json")
-    assert f"AUC {hand.metrics['study_auc'].value:.3f}" in next(iter(study_figures(kept)))
-    assert hand.metrics["study_auc"].on.startswith("20 studies")
-    assert hand.metrics["peak_touches_box"].value == 1
-    otherwise = replace(kept, folds=(replace(fold, start="0"),))
-    with pytest.raises(Misconfigured, match="began otherwise"):
-        publish_bundled(data.films, otherwise, every, tmp_path / "b")
-    with pytest.raises(Misconfigured, match="other settings"):
-        publish_bundled(data.films, replace(kept, settings=FitSettings()), every, tmp_path / "b")
-    before = {path: path.read_bytes() for path in (tmp_path / "bundle").rglob("*.*")}
-    one_label = tuple(one for one in scores if not one.film.label)
-    with pytest.raises(Misconfigured, match="one label only"):
-        publish_bundled(data.films, replace(kept, scores=one_label), every, tmp_path / "bundle")
-    assert {path: path.read_bytes() for path in (tmp_path / "bundle").rglob("*.*")} == before
-    (tmp_path / "record.json").write_text("{}")
-    with pytest.raises(Misconfigured, match="no record"):
-        Record.read(tmp_path / "record.json")
 
 
 def test_each_fold_is_scored_by_a_network_that_never_saw_it(

@@ -32,6 +32,7 @@ _RECORD = "record.json"
 _FOLD_NAME = re.compile(r"[\w-][\w.-]*")
 _NO_RECORD = (AttributeError, OSError, ValueError, LookupError, TypeError, RecursionError)
 FOLD = "{fold}"  # in what training starts with: the name of the fold that is held out
+ALL_FOLDS = "all"  # stands there where none is held out
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,7 @@ def cross_validate(
         own, state = run / f"fold-{name}", states[begins[name]]
         fit(data, own, settings, held_out=[name], start=state, device=device, workers=workers)
         scores = score_run(own, films, device)
-        record = join(run, record, _fold(name, own), scores)
+        record = join(run, record, fold_of(name, own), scores)
     return record
 
 
@@ -290,7 +291,12 @@ def load_run(run: Path, device: str = "cpu") -> Runtime:
     return load(weights, settings.preprocessing, device=device)
 
 
-def _fold(name: str, run: Path) -> Fold:
+def fold_of(name: str, run: Path) -> Fold:
+    """Return what the folder of a run says of itself.
+
+    Raises:
+        Misconfigured: its files are damaged.
+    """
     try:
         made_of = described(run)
         outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))

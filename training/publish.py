@@ -22,7 +22,7 @@ from mura_batch.runtime import Runtime, load
 from mura_batch.weights import sha256_of
 from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint, Origin
 from training.calibration import POINTS, cross_fitted_rates, fit_calibration, thresholds
-from training.crossval import Record
+from training.crossval import ALL_FOLDS, FOLD, Record
 from training.dataset import Film
 from training.evaluate import (
     Deciding,
@@ -34,8 +34,9 @@ from training.evaluate import (
     where_evidence_lies,
 )
 from training.metrics import Cases, Estimate, auc_of
-from training.run_folder import described, made_by, read_settings
+from training.run_folder import described, made_by, read_settings, state_digest
 from training.settings import FitSettings
+from training.start import state_of
 
 _TRAINED_ON = (
     "FracAtlas (Abedeen et al., Scientific Data 10, 521, 2023; CC BY 4.0), upper limb; {start}; one"
@@ -43,9 +44,9 @@ _TRAINED_ON = (
 )
 _STARTS = {
     "nothing": "begun with random weights, no ImageNet weights",
-    "training/records/trunk/network.safetensors": (
-        "begun with a trunk of its legs and hips, which began with random weights: no ImageNet"
-        " weights"
+    "runs/trunk-{fold}/network.pt": (
+        "begun with a trunk of all its films, legs and hips too, which began with random weights:"
+        " no ImageNet weights"
     ),
 }
 _NOTES = (
@@ -54,9 +55,9 @@ _NOTES = (
     " no better. The label is fracture, not MURA's abnormal. FracAtlas has no finger films of"
     " their own and few films of wrists alone, humeri and shoulders. Trained on all of its"
     " upper-limb exams here; measured, calibrated and given its thresholds on the pooled"
-    " out-of-fold logits of {folds} networks that were trained in the same way, each without the"
-    " exams that it scored. Sensitivity and specificity are cross-fitted over two halves of these"
-    " exams. Not tested on any other hospital's films."
+    " out-of-fold logits of {folds} networks that were trained in the same way, trunk and all, each"
+    " without the exams that it scored. Sensitivity and specificity are cross-fitted over two"
+    " halves of these exams. Not tested on any other hospital's films."
 )
 _DECODED = (
     " Films are decoded at reduced size, as these weights ask: over the {films} films that are"
@@ -146,7 +147,7 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     if settings != record.settings:
         raise Misconfigured(f"{run} was made with other settings than the record's: fit it again.")
     made_of = described(run)
-    if {fold.start for fold in record.folds} != {made_of["start"]}:
+    if made_of["start"] not in _starts(record):
         raise Misconfigured(f"{run} began otherwise than the record's folds: fit it again.")
     if made_of["held_out"]:
         raise Misconfigured(f"{run} was trained without some folds: publish one of all films.")
@@ -159,6 +160,26 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
     for card in cards:
         _write_card(folder / "cards" / f"{card.area}.json", card)
     return folder / file.name
+
+
+def _starts(record: Record) -> set[str]:
+    """Return the digest of what a network of all films may have begun with: what all folds did, or
+    where each had its own, what was made in the same way of all films.
+
+    Raises:
+        Misconfigured: that is missing, or was made otherwise.
+    """
+    if FOLD not in record.start:
+        starts = {fold.start for fold in record.folds}
+        return starts if len(starts) == 1 else set()
+    own, every = (
+        Path(record.start.replace(FOLD, name)) for name in (record.folds[0].name, ALL_FOLDS)
+    )
+    if described(every.parent)["held_out"]:
+        raise Misconfigured(f"{every} was made without some films: make one of all.")
+    if read_settings(every.with_name("run.json")) != read_settings(own.with_name("run.json")):
+        raise Misconfigured(f"{every} was made with other settings than {own}: make it again.")
+    return {state_digest(state_of(str(every)) or {})}
 
 
 def _cards(

@@ -3,6 +3,8 @@
 It is written from a folder of records alone (:class:`training.crossval.Record`):
 
 - ``generalist.json``: the method in full, over all folds;
+- ``trunks/*/``: where each fold began with a trunk of its own, ``run.json`` and ``outcome.json`` of
+  each, and of the trunk of ``all`` folds;
 - ``specialists/*.json``: networks of some areas, held against it on the studies that both scored;
 - ``variants/*.json``: the same with a part of the method changed, held against it;
 - ``parts/*.json``: shorter trainings, each with a part of the method changed, held against
@@ -35,7 +37,7 @@ from mura_batch.atomic import write_atomic
 from mura_batch.config import NOTICE
 from mura_batch.errors import Misconfigured
 from training.calibration import cross_fitted_rates
-from training.crossval import Fold, Record
+from training.crossval import ALL_FOLDS, Fold, Record, fold_of
 from training.dataset import ALL_AREAS
 from training.evaluate import (
     Evaluation,
@@ -57,6 +59,8 @@ from training.metrics import (
 from training.pictures import pictures_of
 from training.plots import STYLE, loss_curves, plots
 from training.publish import decided_by, deciding_of
+from training.run_folder import read_settings
+from training.settings import FitSettings
 from training.sources.mura import PUBLISHED_IMAGES, PUBLISHED_STUDIES
 
 GENERALIST = "generalist.json"
@@ -132,6 +136,7 @@ def write_note(records: Path, out: Path) -> list[Path]:
         record=whole,
         evaluations=list(_evaluations(whole)),
         all_areas=ALL_AREAS,
+        all_folds=ALL_FOLDS,
         folds=list(_by_fold(whole)),
         rates=cross_fitted_rates(cases_of(exams, None)),
         calibrated=_calibrated(whole),
@@ -145,7 +150,7 @@ def write_note(records: Path, out: Path) -> list[Path]:
         outside=sum(one.localised is not None and not one.localised.chance for one in whole.scores),
         pictures=pictures_of(whole, figures),
         records=os.path.relpath(records, out),
-        trunk=(records / "trunk").is_dir(),
+        trunks=_trunks(records / "trunks"),
         remarks=_remarks(records / "remarks.md"),
     )
     note = out / "REPORT.md"
@@ -165,6 +170,14 @@ def _evaluations(record: Record) -> Iterator[Evaluation]:
     deciding = deciding_of(record)
     for area in record.scored_areas:
         yield from evaluate(record.of_area(area), deciding, area)
+
+
+def _trunks(folder: Path) -> list[tuple[Fold, FitSettings]]:
+    """Return each trunk, named after the fold that it never saw, and how it was made."""
+    return [
+        (fold_of(run.name, run), read_settings(run / "run.json"))
+        for run in sorted(folder.glob("*"))
+    ]
 
 
 def _by_fold(record: Record) -> Iterator[tuple[Fold, int, int, Estimate]]:
