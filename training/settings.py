@@ -197,7 +197,8 @@ def _counted(count: int, what: str) -> str:
 LIMB = Preprocessing(size=320, crop="foreground", fit="pad", decode="reduced")
 
 # Whole films from a trunk, crops of them first: small fractures are 20 pixels wide in them. Then
-# more of both with more weight on where the evidence lies, and the mean of what stages end with.
+# more of both, in the end with more weight on where the evidence lies, and the mean of what the
+# stages of whole films end with.
 LIMB_FILMS = FitSettings(
     LIMB,
     "densenet121-lse",
@@ -205,8 +206,8 @@ LIMB_FILMS = FitSettings(
     stages=(
         Stage(96, 20, crops=True),
         Stage(320, 3, frozen=2),
-        Stage(96, 5, crops=True, inside=1.0),
-        Stage(320, 2, frozen=2, inside=1.0),
+        Stage(96, 5, crops=True),
+        Stage(320, 2, frozen=2),
         Stage(320, 2, frozen=2, inside=3.0),
     ),
     rate=5e-4,
@@ -214,14 +215,21 @@ LIMB_FILMS = FitSettings(
     imbalance="balanced",
     patience=None,
     swa=True,
-    inside=0.3,
+    inside=1.0,
 )
 
 # The whole way from nothing, without a trunk.
 FROM_NOTHING = replace(LIMB_FILMS, rate=1e-3, block_decay=1.0)
 
 # A trunk: crops alone, because most films are wide and a fracture small.
-TRUNK = replace(FROM_NOTHING, stages=(Stage(96, 10, crops=True),), swa=False, joint=0.3, batch=32)
+TRUNK = replace(
+    FROM_NOTHING,
+    stages=(Stage(96, 10, crops=True),),
+    swa=False,
+    inside=0.3,
+    joint=0.3,
+    batch=32,
+)
 
 
 def two_phases(spec: Preprocessing, architecture: str) -> FitSettings:
