@@ -298,7 +298,9 @@ def _on_openvino(weights: Weights, spec: Preprocessing, say: Say) -> Iterator[_C
     yield _Contender("openvino", "f32", mode, exact.device, _whole(exact))
     if why := form.refusal or refusal(quick, exact, spec):
         say(f"the daemon runs these weights in f32: int8 is refused ({why})")
-    yield _Contender("openvino", "int8", mode, quick.device, _whole(quick), scoring=not why)
+    yield _Contender(
+        "openvino", quick.precision, mode, quick.device, _whole(quick), scoring=not why
+    )
 
 
 def _whole(runtime: Runtime) -> Callable[[NDArray[np.uint8]], Inference]:

@@ -54,8 +54,9 @@ class Settings:
     runtime: Literal["auto", "torch", "openvino"] = _setting("auto", "what runs the networks")
     precision: Literal["auto", "f32"] = _setting(
         "auto",
-        "auto: int8 on a CPU, for weights whose int8 form was accepted, and float16 on a CUDA"
-        " device, each where the machine does it right and faster; or f32 for all",
+        "auto: int8 on a CPU, for weights whose int8 form was accepted (the rest of them in bf16"
+        " where it has that), and float16 on a CUDA device, each where the machine does it right"
+        " and faster; or f32 for all",
     )
     gpu_decode: bool = _setting(
         False,

@@ -27,6 +27,7 @@ from mura_batch.network import EvidenceNet, network_with
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime import Inference, Runtime, load, words
 from mura_batch.runtime.compiled import compiled
+from mura_batch.runtime.openvino_runtime import openvino
 from mura_batch.runtime.quantization import activation_ranges
 from mura_batch.weights import Int8Form, WeightsStore, bundled_card, bundled_int8_form, load_bundled
 
@@ -35,6 +36,8 @@ RANGES = bundled_int8_form(Area.XR_HAND).ranges
 
 
 WEIGHTS = load_bundled(Area.XR_HAND)[0]
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+INT8_HERE = "int8+bf16" if HAS_BF16 else "int8"
 
 
 def network() -> EvidenceNet:
@@ -70,7 +73,7 @@ def test_int8_says_nearly_what_f32_says_and_is_other_arithmetic() -> None:
     pixels = films(4)
     ranges = activation_ranges(network(), SPEC, [pixels])
     exact, quick = (compiled(WEIGHTS, SPEC, how) for how in ({}, ranges))
-    assert (words(exact), words(quick)) == ("openvino f32 cpu", "openvino int8 cpu")
+    assert (words(exact), words(quick)) == ("openvino f32 cpu", f"openvino {INT8_HERE} cpu")
     true, found = score(exact, pixels), score(quick, pixels)
     assert 1e-5 < np.abs(true.logits - found.logits).max() < 0.2
     assert np.abs(true.maps - found.maps).max() < 0.1
@@ -94,7 +97,7 @@ def test_auto_takes_int8_where_it_is_right_here_and_faster(
         WEIGHTS, Preprocessing(size=320, fit="pad"), device="cpu", precision="auto", ranges=RANGES
     )
     refused = [record.why for record in caplog.records if "int8 is not used" in record.message]
-    assert found.precision == ("f32" if refused else "int8")
+    assert found.precision == ("f32" if refused else INT8_HERE)
 
 
 def test_int8_that_is_wrong_on_this_machine_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
@@ -134,6 +137,17 @@ def test_a_compiled_network_is_found_again_without_compiling_it(tmp_path: Path) 
     pixels = films(3)
     np.testing.assert_array_equal(score(first, pixels).logits, score(again, pixels).logits)
     assert (words(again), again.nbytes) == (words(first), first.nbytes)
+
+
+def test_an_int8_network_that_is_found_again_computes_as_before(tmp_path: Path) -> None:
+    spec = Preprocessing(size=320, fit="pad")
+    here = partial(load, WEIGHTS, spec, device="cpu", precision="auto", ranges=RANGES)
+    first = here(kept=tmp_path / "own")
+    with nothing_compiled():
+        again = here(kept=tmp_path / "own")
+    assert words(again) == words(first)
+    pixels = films(2, 320)
+    np.testing.assert_array_equal(score(first, pixels).logits, score(again, pixels).logits)
 
 
 def test_a_compiled_network_of_other_weights_is_not_taken_for_these(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime import openvino_graph
 from mura_batch.runtime.choice import refusal
 from mura_batch.runtime.inference import Precision, memory_watched
-from mura_batch.runtime.openvino_runtime import SETTINGS, OpenVinoRuntime, openvino
+from mura_batch.runtime.openvino_runtime import OpenVinoRuntime, openvino, settings_of
 from mura_batch.tensors import Weights
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _SOURCES = [Path(file) for file in (__file__, openvino_graph.__file__, tensors._
 
 # Memory of a warm network in sizes of its f32 weights (measured, two streams, side of 320 pixels):
 # it packs them for the processor, and each stream has room for one view.
-_KEPT: Final[dict[Precision, int]] = {"f32": 5, "int8": 4}
+_KEPT: Final[dict[Precision, int]] = {"f32": 5, "int8": 4, "int8+bf16": 4}
 
 
 def recalled(
@@ -50,9 +50,9 @@ def recalled(
             return None
         head, _, content = rest.partition(b"\n")
         told: dict[str, Any] = json.loads(head)
-        found = OpenVinoRuntime(
-            _core().import_model(content, "CPU", SETTINGS), told["precision"], told["nbytes"]
-        )
+        precision: Precision = told["precision"]
+        model = _core().import_model(content, "CPU", settings_of(precision))
+        found = OpenVinoRuntime(model, precision, told["nbytes"])
     except (OSError, MemoryError, ValueError, KeyError, TypeError, RuntimeError):
         return None
     if told["refused"]:
@@ -83,10 +83,14 @@ def fastest(
 def compiled(
     weights: Weights, spec: Preprocessing, ranges: Mapping[str, float] = MappingProxyType({})
 ) -> OpenVinoRuntime:
-    """Compile a network, in int8 where ``ranges`` say how; whether that is right is not asked."""
-    precision: Precision = "int8" if ranges else "f32"
+    """Compile a network, in int8 where ``ranges`` say how, and then the rest in bf16 where the CPU
+    has that; whether that is right is not asked.
+    """
+    precision: Precision = "f32"
+    if ranges:
+        precision = "int8+bf16" if "BF16" in _capabilities() else "int8"
     graph = openvino_graph.openvino_model(weights, spec, ranges)
-    model = _core().compile_model(graph, "CPU", SETTINGS)
+    model = _core().compile_model(graph, "CPU", settings_of(precision))
     return OpenVinoRuntime(model, precision, _KEPT[precision] * weights.nbytes)
 
 
@@ -105,8 +109,11 @@ def _file(kept: Path, spec: Preprocessing, ranges: Mapping[str, float]) -> Path:
 
 def machine() -> list[object]:
     """Return what tells processors apart that networks run on, as JSON has it."""
-    about = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
-    return [*(_core().get_property("CPU", name) for name in about), os.cpu_count()]
+    return [_core().get_property("CPU", "FULL_DEVICE_NAME"), _capabilities(), os.cpu_count()]
+
+
+def _capabilities() -> list[str]:
+    return list(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 @cache

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mura_batch.errors import Transient
 
-Precision = Literal["f32", "fp16", "int8"]
+Precision = Literal["f32", "fp16", "int8", "int8+bf16"]
 
 
 class OutOfMemory(Transient):
@@ -48,7 +48,7 @@ class Runtime(Protocol):
     Attributes:
         name: ``torch`` or ``openvino``.
         device: ``cpu``, ``cuda:0``, ``mps``.
-        precision: ``f32``, ``fp16`` or ``int8``.
+        precision: ``f32``, ``fp16``, ``int8``, or ``int8+bf16``: bf16 for what is not int8.
         nbytes: memory that it keeps while it is warm, in bytes, estimated.
     """
 
@@ -59,7 +59,7 @@ class Runtime(Protocol):
     def device(self) -> str: ...  # noqa: D102 - the class's Attributes name the values
 
     @property
-    def precision(self) -> Precision: ...  # noqa: D102 - the Attributes list all three
+    def precision(self) -> Precision: ...  # noqa: D102 - the Attributes list all of them
 
     @property
     def nbytes(self) -> int: ...  # noqa: D102 - the class's Attributes give the unit

@@ -37,11 +37,11 @@ def openvino_model(
         weights: of a network that pools, see :class:`mura_batch.tensors.Weights`.
         spec: the preprocessing from the weights' card.
         ranges: the largest input, from 0, of each convolution that is to run in int8, by its name;
-            see :func:`mura_batch.runtime.quantization.activation_ranges`. All else stays f32.
+            see :func:`mura_batch.runtime.quantization.activation_ranges`. The first one cannot.
     """
     tensors = weights.tensors
     films = op.parameter([1, spec.size, spec.size], np.uint8, name="pixels")
-    activations = op.relu(_Trunk(tensors, ranges).features(_normalised(films, spec)))
+    activations = op.relu(_Trunk(tensors, ranges).features(films, spec))
     weight = tensors["classifier.weight"][:, :, None, None]
     evidence = op.convolution(activations, _constant(weight), [1, 1], [0, 0], [0, 0], [1, 1])
     cells = math.prod(evidence.output(0).shape[2:])
@@ -57,14 +57,6 @@ def openvino_model(
     return openvino.Model([logits, maps], [films], "evidence")
 
 
-def _normalised(films: Node, spec: Preprocessing) -> Node:
-    """Like :func:`mura_batch.network.normalise`."""
-    scaled = op.divide(op.convert(films, np.float32), _constant(np.float32(255)))
-    one = op.unsqueeze(scaled, _indices([1]))
-    mean, std = (_constant(np.reshape(v, (1, 3, 1, 1))) for v in (spec.mean, spec.std))
-    return op.divide(op.subtract(one, mean), std)
-
-
 class _Trunk:
     """DenseNet-121 up to its last feature map, as torchvision has it; its names are used here."""
 
@@ -72,10 +64,9 @@ class _Trunk:
         self._tensors = tensors
         self._ranges = ranges
 
-    def features(self, images: Node) -> Node:
+    def features(self, films: Node, spec: Preprocessing) -> Node:
         """Return what the last batch normalisation gives, (1, 1024, h, w)."""
-        x = self._convolution("conv0", images, stride=2, padding=3)
-        x = op.relu(self._batch_norm("norm0", x))
+        x = op.relu(self._batch_norm("norm0", self._first(films, spec)))
         x = op.max_pool(x, [2, 2], [1, 1], [1, 1], [1, 1], [3, 3]).output(0)
         for block, layers in enumerate(BLOCKS, start=1):
             for layer in range(1, layers + 1):
@@ -92,12 +83,29 @@ class _Trunk:
                 x = op.avg_pool(x, [2, 2], [0, 0], [0, 0], [2, 2], exclude_pad=False)
         return self._batch_norm("norm5", x)
 
+    def _first(self, films: Node, spec: Preprocessing) -> Node:
+        """Return the first convolution of the film, normalised to three channels.
+
+        They show the same luminance, so it is convolved once, with the sum of their kernels. What
+        their means differ by from a common one adds a map that is the same for all films: a
+        constant, but for the edges, beyond which normalised films are 0.
+        """
+        weight = self._tensors["features.conv0.weight"].astype(np.float64)
+        mean, std = (255 * np.reshape(v, (1, 3, 1, 1)) for v in (spec.mean, spec.std))
+        common = np.rint(mean.mean())  # in whole steps of luminance, which bf16 can tell apart
+        film = op.subtract(op.convert(films, np.float32), _constant(common))
+        anywhere = _constant(np.ones((1, 1, spec.size, spec.size)))
+        return op.add(
+            _wide(op.unsqueeze(film, _indices([1])), weight / std),
+            _wide(anywhere, weight * (common - mean) / std),
+        )
+
     def _batch_norm(self, name: str, x: Node) -> Node:
         parts = ("weight", "bias", "running_mean", "running_var")
         values = [_constant(self._tensors[f"features.{name}.{part}"]) for part in parts]
         return op.batch_norm_inference(x, *values, _EPSILON)
 
-    def _convolution(self, name: str, x: Node, *, stride: int = 1, padding: int = 0) -> Node:
+    def _convolution(self, name: str, x: Node, *, padding: int = 0) -> Node:
         """Return a convolution; in int8 inputs have 256 steps from 0, and weights 255 about 0.
 
         OpenVINO takes such a pair of ``FakeQuantize`` and convolution for one in int8.
@@ -109,7 +117,13 @@ class _Trunk:
             kernel = _quantised(kernel, -most, most, _LEVELS - 1)
             x = _quantised(x, 0.0, self._ranges[name], _LEVELS)
         pads = [padding, padding]
-        return op.convolution(x, kernel, [stride, stride], pads, pads, [1, 1])
+        return op.convolution(x, kernel, [1, 1], pads, pads, [1, 1])
+
+
+def _wide(x: Node, kernel: NDArray[Any]) -> Node:
+    """Return the first convolution of three channels that are all ``x``."""
+    kernel = kernel.sum(axis=1, keepdims=True)
+    return op.convolution(x, _constant(kernel), [2, 2], [3, 3], [3, 3], [1, 1])
 
 
 def _quantised(x: Node, low: Any, high: Any, levels: int) -> Node:

@@ -18,20 +18,26 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # 
 
 import openvino  # noqa: E402 - after the line above, or it would send
 
-__all__ = ["SETTINGS", "OpenVinoRuntime", "openvino"]
+__all__ = ["OpenVinoRuntime", "openvino", "settings_of"]
 
-# f32 for what is not int8, on every CPU (some would choose bf16 by themselves). With the
-# throughput hint OpenVINO makes a stream for every one or few cores, and the views of a batch go
-# to them one by one: as fast as larger requests, and with its shape fixed a network takes a third
-# of their memory.
-SETTINGS: Final = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"}
+
+def settings_of(precision: Precision) -> dict[str, str]:
+    """Return with what OpenVINO compiles a graph for some CPU.
+
+    With the throughput hint it makes a stream for every one or few cores, and the views of a batch
+    go to them one by one: as fast as larger requests, and with its shape fixed a network takes a
+    third of their memory. Where a CPU has bf16, it would compute all that is not int8 in it unless
+    told otherwise.
+    """
+    rest = "bf16" if precision == "int8+bf16" else "f32"
+    return {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": rest}
 
 
 class OpenVinoRuntime:
     """A compiled graph on the CPU.
 
     Args:
-        compiled: made with ``SETTINGS``.
+        compiled: made with the :func:`settings_of` the precision.
         nbytes: see :class:`mura_batch.runtime.Runtime`.
     """
 
