@@ -220,7 +220,7 @@ def report(records: Path, folder: Path, data: Path | None, run: Path | None) -> 
 
     RECORDS holds generalist.json and, where there are some, data.json, specialists/*.json,
     variants/*.json, and parts/*.json with parts/base.json: what `cross-validate` and
-    `data report --json` write.
+    `data report --json` write; and trunks/*/: run.json and outcome.json of each `pretrain`.
 
     \b
     python -m training report training/records training

@@ -172,13 +172,16 @@ def _starts(record: Record) -> set[str]:
     if FOLD not in record.start:
         starts = {fold.start for fold in record.folds}
         return starts if len(starts) == 1 else set()
-    own, every = (
-        Path(record.start.replace(FOLD, name)) for name in (record.folds[0].name, ALL_FOLDS)
+    every, *own = (
+        Path(record.start.replace(FOLD, name))
+        for name in (ALL_FOLDS, *(fold.name for fold in record.folds))
     )
     if described(every.parent)["held_out"]:
         raise Misconfigured(f"{every} was made without some films: make one of all.")
-    if read_settings(every.with_name("run.json")) != read_settings(own.with_name("run.json")):
-        raise Misconfigured(f"{every} was made with other settings than {own}: make it again.")
+    settings = read_settings(every.with_name("run.json"))
+    for one in own:
+        if read_settings(one.with_name("run.json")) != settings:
+            raise Misconfigured(f"{every} was made with other settings than {one}: make it again.")
     return {state_digest(state_of(str(every)) or {})}
 
 
