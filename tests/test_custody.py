@@ -10,7 +10,6 @@ import shutil
 import signal
 import stat
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from custody_site import ALL, FILES, ODD, contents, drop, found, site, unit, unit_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,13 +31,6 @@ from mura_batch.study import Kind
 STEPS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "symlink", "mknod", "utime")
 REASON = Reason("truncated", "decode", "the file ends too early", "send the image again")
 STUDY = "0123456789ab"
-ODD = "Hånd\nli '\"\udcff"
-FILES = {
-    f"{ODD}/study1_positive/{'x' * 251}.png": b"one",
-    f"{ODD}/study1_positive/same.png": b"one",
-    f"{ODD}/other/3.dcm": b"three" * 50_000,
-    "loose.dcm": b"four",
-}
 
 
 @pytest.fixture
@@ -63,47 +56,6 @@ def far(fast: Path, tmp_path: Path) -> Path:
 
 
 CROSSING = pytest.mark.parametrize("crossing", [False, True], ids=["same", "another"])
-
-
-def site(home: Path, inbox: Path | None = None, **changes: object) -> Settings:
-    settings = Settings(home=home, inbox=inbox, **changes)
-    for folder in (settings.inbox_dir, settings.work):
-        folder.mkdir(parents=True, exist_ok=True)
-    return settings
-
-
-def drop(settings: Settings, files: dict[str, bytes] = FILES) -> None:
-    for name, content in files.items():
-        path = settings.inbox_dir / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-def found(settings: Settings, name: str, problem: str = "") -> FoundFile:
-    status = os.lstat(settings.inbox_dir / name)
-    return FoundFile(name, status.st_size, status.st_mtime_ns, status.st_ino, problem)
-
-
-def unit(settings: Settings, settled_by: str = "quiet") -> Candidate:
-    """What of ``FILES`` is in the inbox, as the scan would return it."""
-    names = [name for name in FILES if os.path.lexists(settings.inbox_dir / name)]
-    return Candidate(
-        Kind.DICOM, "1.2.3", tuple(found(settings, name) for name in names), settled_by
-    )
-
-
-def contents(settings: Settings) -> Counter[str]:
-    """The multiset of content hashes over all places where a source may lie."""
-    held: Counter[str] = Counter()
-    for place in (settings.inbox_dir, settings.work, settings.archive_dir, settings.quarantine):
-        for folder, _, names in os.walk(place):
-            for name in names:
-                if not name.startswith(".") and name not in ("claim.json", "reason.json"):
-                    held[hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest()] += 1
-    return held
-
-
-ALL = Counter(hashlib.sha256(content).hexdigest() for content in FILES.values())
 
 
 def counted(nth: int, happen: Callable[[], object], patch: Callable[..., None]) -> None:
@@ -436,10 +388,6 @@ def test_late_file_never_goes_over_another(tmp_path: Path) -> None:
     custody = Custody(settings)
     claims = [*custody.pending(), custody.claim(unit_of(settings, "a.png"))]
     assert [claim.files[0].path.read_bytes() for claim in claims] == [b"first", b"second"]
-
-
-def unit_of(settings: Settings, name: str, problem: str = "") -> Candidate:
-    return Candidate(Kind.FILE, name, (found(settings, name, problem),), "quiet")
 
 
 @CROSSING
