@@ -78,10 +78,14 @@ class Daemon:
 
     Args:
         notify: told systemd's words (``READY=1``, ``WATCHDOG=1`` …) as they come true.
+        lasting: the home will be used again, so that what is found out for it pays.
     """
 
-    def __init__(self, settings: Settings, *, notify: Notify = lambda _: None) -> None:
+    def __init__(
+        self, settings: Settings, *, notify: Notify = lambda _: None, lasting: bool = True
+    ) -> None:
         self._settings = settings
+        self._lasting = lasting
         self._notify = notify
         self._stopping = False
         self._recorded = News()  # for the feeder
@@ -112,7 +116,7 @@ class Daemon:
             store = stack.enter_context(Store.open(settings.database_url))
             weights = WeightsStore(settings.weights_dir)
             custody = Custody(settings, go_on=self._go_on)
-            scorer = stack.enter_context(warm_scorer(settings, weights))
+            scorer = stack.enter_context(warm_scorer(settings, weights, lasting=self._lasting))
             pipeline = stack.enter_context(Pipeline(settings, store, custody, weights, scorer))
             stack.enter_context(self._wakeup)
             log.info("watching", extra={"mode": self._wakeup.mode})

@@ -36,7 +36,7 @@ def run_demo(home: Path) -> Demo:
     database.upgrade(settings.database_url)
     WeightsStore(settings.weights_dir).install_bundled()
     drop_samples(settings.inbox_dir)
-    Daemon(settings).run(once=True)
+    Daemon(settings, lasting=False).run(once=True)
     with Results.open(settings.database_url) as results:
         return Demo(settings, tuple(results.query(Filters())), tuple(results.images(Filters())))
 

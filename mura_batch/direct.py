@@ -86,7 +86,7 @@ def score_paths(settings: Settings, request: Request, *, track: Track = iter) ->
         if not request.save:
             database.upgrade(local.database_url)
         store = stack.enter_context(Store.open(local.database_url))
-        scorer = stack.enter_context(warm_scorer(local, weights))
+        scorer = stack.enter_context(warm_scorer(local, weights, lasting=request.save))
         with Pipeline(local, store, Custody(local), weights, scorer) as pipeline:
             claims = map(Custody(local).claim, _candidates(local, request.paths))
             held = [claim for claim in claims if claim is not None]

@@ -61,8 +61,10 @@ def sigmoid(logit: float) -> float:
     return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))
 
 
-def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
+def warm_scorer(settings: Settings, weights: WeightsStore, *, lasting: bool = True) -> Scorer:
     """Return a scorer that runs stored weights as the settings ask.
+
+    Compiled networks, and which runtime is faster, are found out for a home that is ``lasting``.
 
     Raises:
         Misconfigured: this machine does not have the device or the runtime.
@@ -83,7 +85,7 @@ def warm_scorer(settings: Settings, weights: WeightsStore) -> Scorer:
             device=settings.device,
             precision=settings.precision,
             ranges=ranges[card.sha256],
-            kept=settings.home / "compiled" / card.sha256,
+            kept=settings.home / "compiled" / card.sha256 if lasting else None,
         )
         log.info("network ready", extra={"weights": card.short, "runtime": words(runtime)})
         _settle_garbage()

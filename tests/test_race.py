@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from mura_batch.weights import load_bundled
 
 pytest.importorskip("openvino")
 WEIGHTS, CARD = load_bundled(Area.XR_HAND)
-SIZE = CARD.preprocessing.size
+
+
+@pytest.fixture(autouse=True)
+def _nothing_raced() -> None:
+    race._raced.clear()
 
 
 def test_the_faster_runtime_is_taken_and_known_at_the_next_start(
@@ -36,6 +41,7 @@ def test_the_faster_runtime_is_taken_and_known_at_the_next_start(
         time.sleep(2 * told["torch"])
         return quick(self, pixels)
 
+    race._raced.clear()
     with monkeypatch.context() as patch:
         patch.setattr(OpenVinoRuntime, "infer", slow)
         assert words(auto(kept=tmp_path / "slow")) == "torch f32 cpu"
@@ -50,20 +56,47 @@ def test_the_faster_runtime_is_taken_and_known_at_the_next_start(
         "openvino"
     )
     assert auto().name == "openvino"  # nowhere to keep what was found out
-    for harm in ("", "{}", json.dumps(told | {"on": "another machine"})):
+    harms = (
+        *("", "{}", "[" * 200_000, json.dumps(told)[:-1] + ', "openvino": 1' + "0" * 400 + "}"),
+        *(json.dumps(told | {name: -1}) for name in ("torch", "openvino")),
+        json.dumps(told | {"on": told["on"][:-1]}),
+    )
+    for harm in harms:
+        race._raced.clear()
         (tmp_path / "slow/race.json").write_text(harm)
         with pytest.raises(AssertionError, match="timed again"):
             auto(kept=tmp_path / "slow")
 
 
-def test_where_torch_does_not_run_openvino_does(
+def test_networks_of_one_kind_race_once_and_others_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(race, "_LONGEST", 0.01)
-    race._of_torch.cache_clear()
-    try:
-        here = load(WEIGHTS, CARD.preprocessing, device="cpu", kept=tmp_path)
-    finally:
-        race._of_torch.cache_clear()
-    assert here.name == "openvino"
+    sizes: list[int] = []
+
+    def timed(_: str, size: int) -> float:
+        sizes.append(size)
+        return 100.0
+
+    monkeypatch.setattr(race, "_of_torch", timed)
+    for kept, size in (("one", 64), ("other", 64), ("one", 96)):
+        spec = replace(CARD.preprocessing, size=size)
+        assert load(WEIGHTS, spec, device="cpu", kept=tmp_path / kept).name == "openvino"
+        assert (tmp_path / kept / "race.json").exists()
+    assert sizes == [64, 96]
+
+
+def test_where_torch_does_not_run_openvino_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(race.sys, "executable", "/nowhere/python")
+    assert load(WEIGHTS, CARD.preprocessing, device="cpu", kept=tmp_path).name == "openvino"
+    assert "torch could not be timed" in caplog.text
     assert not (tmp_path / "race.json").exists()  # it is asked again at the next start
+
+
+def test_torch_that_takes_too_long_has_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "_LONGEST", 0.1)
+    assert load(WEIGHTS, CARD.preprocessing, device="cpu", kept=tmp_path).name == "openvino"
+    assert json.loads((tmp_path / "race.json").read_text())["torch"] == float("inf")

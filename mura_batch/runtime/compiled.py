@@ -51,12 +51,13 @@ def recalled(
         head, _, content = rest.partition(b"\n")
         told: dict[str, Any] = json.loads(head)
         precision: Precision = told["precision"]
+        refused = told["refused"]
         model = _core().import_model(content, "CPU", settings_of(precision))
         found = OpenVinoRuntime(model, precision, told["nbytes"])
     except (OSError, MemoryError, ValueError, KeyError, TypeError, RuntimeError):
         return None
-    if told["refused"]:
-        log.warning(_REFUSED, extra={"why": told["refused"]})
+    if refused:
+        log.warning(_REFUSED, extra={"why": refused})
     with suppress(OSError):  # it may be another user's
         os.utime(file)
     return found

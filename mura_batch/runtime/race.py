@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import subprocess
 import sys
 from contextlib import suppress
-from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from mura_batch.preprocessing import Preprocessing
 from mura_batch.runtime.choice import seconds_of
 from mura_batch.runtime.compiled import machine
 from mura_batch.runtime.inference import Runtime
+from mura_batch.runtime.openvino_runtime import openvino
 
 log = logging.getLogger(__name__)
 
@@ -29,30 +32,62 @@ _FILE = "race.json"
 _FILMS = 4
 _TURNS = 2
 _CLEARLY = 0.9  # of the other's time: what is closer may be noise
-_LONGEST = 120.0  # seconds for torch to start and to pass them
+_LONGEST = 60.0  # seconds for torch to start and to pass them: beyond that it has lost
 
 
-def won_by_torch(openvino: Runtime, architecture: str, size: int, kept: Path) -> bool:
-    """Return whether torch takes clearly less time for films of ``size`` than the runtime at hand.
+class _Times(NamedTuple):
+    """Seconds that the films took."""
+
+    torch: float
+    openvino: float
+
+    def won_by_torch(self) -> bool:
+        return self.torch < _CLEARLY * self.openvino
+
+
+_raced: dict[str, _Times] = {}  # in this process, by what was raced
+
+
+def won_by_torch(made: Runtime, architecture: str, size: int, kept: Path) -> bool:
+    """Return whether torch takes clearly less time for films of ``size`` than OpenVINO's ``made``.
 
     ``kept`` is the folder of these weights alone; the answer stays there, in ``race.json``, until
-    the processor or a runtime's version is another.
+    the processor or a version is another. In one process networks of one kind race once.
     """
-    on = [*machine(), openvino.precision, size, version("torch"), version("openvino")]
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        told = json.loads((kept / _FILE).read_text(encoding="utf-8"))
-        if told["on"] == on:
-            return bool(told["torch"] < _CLEARLY * told["openvino"])
-    torch = _of_torch(architecture, size)
-    if torch is None:
+    try:
+        versions = [version("mura-batch"), version("torch"), openvino.__version__]
+    except PackageNotFoundError:  # of no torch that it knows of
         return False
-    seconds = {"torch": torch, "openvino": _seconds(openvino, size)}
-    text = json.dumps({"on": on, **seconds}).encode()
+    on = [*machine(), architecture, made.precision, size, *versions]
+    if (told := _told(kept / _FILE, on)) is not None:
+        return told.won_by_torch()
+    race = json.dumps(on)
+    if race not in _raced:
+        torch = _of_torch(architecture, size)
+        if torch is None:
+            return False
+        _raced[race] = _Times(torch, _seconds(made, size))
+    found = _raced[race]
+    text = json.dumps({"on": on, **found._asdict()}).encode()
     try:
         write_atomic(kept / _FILE, lambda stream: stream.write(text))
     except OSError as exc:
         log.warning("which runtime is faster cannot be kept", extra={"error": str(exc)})
-    return torch < _CLEARLY * seconds["openvino"]
+    return found.won_by_torch()
+
+
+def _told(file: Path, on: list[object]) -> _Times | None:
+    """Return what is kept of an earlier race; None where that was another, or is damaged."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        times = _Times(float(told["torch"]), float(told["openvino"]))
+        if told["on"] != on or not (times.torch > 0 and 0 < times.openvino < math.inf):
+            return None
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return None
+    with suppress(OSError):  # it may be another user's; what nobody uses for a month is removed
+        os.utime(file)
+    return times
 
 
 def _seconds(runtime: Runtime, size: int) -> float:
@@ -61,7 +96,6 @@ def _seconds(runtime: Runtime, size: int) -> float:
     return min(seconds_of(runtime, films) for _ in range(_TURNS))
 
 
-@cache
 def _of_torch(architecture: str, size: int) -> float | None:
     """Return the seconds that torch takes; None where it does not run, or was ended."""
     command = [sys.executable, "-m", __name__, architecture, str(size)]
@@ -75,6 +109,8 @@ def _of_torch(architecture: str, size: int) -> float | None:
             check=True,
         )
         return float(done.stdout)
+    except subprocess.TimeoutExpired:
+        return math.inf
     except (OSError, subprocess.SubprocessError, ValueError) as exc:
         log.warning("torch could not be timed", extra={"error": str(exc)})
         return None
