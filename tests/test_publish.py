@@ -18,7 +18,7 @@ from training.dataset import Dataset
 from training.fit import fit
 from training.localisation import Localised
 from training.publish import publish_bundled
-from training.run_folder import write_json
+from training.run_folder import state_digest, write_json
 from training.settings import FitSettings
 from training.sources import fracatlas
 from training.start import state_of
@@ -54,7 +54,7 @@ def record(data: Dataset, runs: Path) -> Record:
         for one in score_run(runs / "without-0", unseen)
     )
     start = json.loads((runs / "all/run.json").read_text())["start"]
-    fold = Fold("0", start, 10, "data", 1, (0.5,), {}, 1)
+    fold = Fold("0", start, 10, "data", 1, (0.5,), {"torch": "2.8"}, 1)
     return Record(TINY, "nothing", data.target, ("XR_HAND",), (fold,), scores)
 
 
@@ -69,7 +69,9 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
         replace(one.film, path=Path(one.film.path.name), where="") for one in record.scores
     ]
 
-    file = publish_bundled(data.films, kept, runs / "all", tmp_path / "bundle")
+    better = tuple(replace(one, logit=one.logit + 9 * one.film.label) for one in kept.scores)
+    special = [replace(kept, scores=better)]
+    file = publish_bundled(data.films, kept, runs / "all", tmp_path / "bundle", special)
     for area in Area:
         card = read_card(tmp_path / "bundle/cards" / f"{area}.json")
         assert card.area is area
@@ -77,6 +79,8 @@ def test_weights_are_published_with_what_they_reach_on_what_they_never_saw(
         assert read_weights(file, card) is not None
     hand = read_card(tmp_path / "bundle/cards/XR_HAND.json")
     assert f"AUC {hand.metrics['study_auc'].value:.3f}" in next(iter(study_figures(kept)))
+    assert "Fine-tuned for XR_HAND, it reached an AUC of 1.000" in hand.notes
+    assert "Fine-tuned" not in read_card(tmp_path / "bundle/cards/XR_WRIST.json").notes
     assert hand.metrics["study_auc"].on.startswith("20 studies")
     assert hand.metrics["peak_touches_box"].value == 1
     before = {path: path.read_bytes() for path in (tmp_path / "bundle").rglob("*.*")}
@@ -110,24 +114,36 @@ def test_where_each_fold_began_with_a_trunk_of_its_own_the_published_one_has_see
     data: Dataset, runs: Path, record: Record, tmp_path: Path
 ) -> None:
     trunk = str(tmp_path / "trunk-{fold}/network.pt")
-    record = replace(record, start=trunk, folds=(replace(record.folds[0], start="0"),))
+    for name, source in (("0", "without-0"), ("all", "all")):
+        shutil.copytree(runs / source, tmp_path / f"trunk-{name}")
+    own, every = (
+        state_digest(state_of(trunk.replace("{fold}", name)) or {}) for name in ("0", "all")
+    )
+    record = replace(record, start=trunk, folds=(replace(record.folds[0], start=own),))
 
-    def published(run: Path) -> Path:
+    def published(run: Path, record: Record = record) -> Path:
         return publish_bundled(data.films, record, run, tmp_path / "bundle")
 
-    for name, source in (("0", "without-0"), ("all", "without-0")):
-        shutil.copytree(runs / source, tmp_path / f"trunk-{name}")
-    with pytest.raises(Misconfigured, match="made without some films"):
-        published(runs / "all")
-    shutil.rmtree(tmp_path / "trunk-all")
-    shutil.copytree(runs / "all", tmp_path / "trunk-all")
     with pytest.raises(Misconfigured, match="began otherwise"):
         published(runs / "all")
     begun = tmp_path / "begun"
     fit(data, begun, TINY, start=state_of(trunk.replace("{fold}", "all")), workers=0)
+    assert json.loads((begun / "run.json").read_text())["start"] == every
     assert published(begun).exists()
-    told = json.loads((tmp_path / "trunk-0/run.json").read_text())
-    told["settings"]["rate"] /= 2
-    (tmp_path / "trunk-0/run.json").write_text(json.dumps(told))
-    with pytest.raises(Misconfigured, match="with other settings than"):
+    other = replace(record, folds=(replace(record.folds[0], start=every),))
+    with pytest.raises(Misconfigured, match="The fold 0 did not begin with"):
+        published(begun, other)
+    told = tmp_path / "trunk-0/run.json"
+    sound = told.read_text()
+    for change, why in (
+        ({"held_out": []}, "without no fold, not without 0"),
+        ({"settings": json.loads(sound)["settings"] | {"rate": 1e-5}}, "with other settings"),
+    ):
+        told.write_text(json.dumps(json.loads(sound) | change))
+        with pytest.raises(Misconfigured, match=why):
+            published(begun)
+    told.write_text(sound)
+    shutil.rmtree(tmp_path / "trunk-all")
+    shutil.copytree(runs / "without-0", tmp_path / "trunk-all")
+    with pytest.raises(Misconfigured, match="without 0, not without no fold"):
         published(begun)

@@ -24,6 +24,8 @@ from training.run_folder import write_json
 from training.settings import FitSettings, Stage
 from training.sources import fracatlas
 
+START = "runs/trunk-{fold}/network.pt"
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,13 +44,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_record(root, name, settings, folds)
     same = Record.read(root / "records/generalist.json")
     (root / "records/variants").mkdir()
-    changed = replace(same, settings=replace(whole, inside=0.5))
+    changed = replace(same, settings=replace(whole, inside=0.5), start=START)
     write_json(changed.to_json(), root / "records/variants/more-inside.json")
-    for name in ("0", ALL_FOLDS):  # as if the folds had begun with trunks
+    write_json(replace(same, start=START).to_json(), root / "records/generalist.json")
+    for name in ("0", "1", ALL_FOLDS):  # as if the folds had begun with trunks
         trunk = root / "records/trunks" / name
         trunk.mkdir(parents=True)
-        for file in ("run.json", "outcome.json"):
-            shutil.copy(root / "runs/generalist/fold-1" / file, trunk)
+        run = root / "runs/generalist" / f"fold-{name.replace(ALL_FOLDS, '1')}"
+        shutil.copy(run / "outcome.json", trunk)
+        told = json.loads((run / "run.json").read_text())
+        told["held_out"] = [] if name == ALL_FOLDS else [name]
+        write_json(told, trunk / "run.json")
+    (root / "records/trunks/.DS_Store").touch()
     (root / "records/data.json").write_text(survey(data, workers=1).to_json())
     return root
 
@@ -91,10 +98,13 @@ def test_the_note_says_what_the_records_say(made: Path, tmp_path: Path) -> None:
     (trunk,) = (row for row in rows(note, ALL_FOLDS) if len(row) == 6)
     told = json.loads((made / "records/trunks/all/outcome.json").read_text())
     assert trunk[2:] == ["2", str(told["seconds"]), *(f"{told['losses'][n]:.3f}" for n in (0, -1))]
-    assert "pretrain fracatlas runs/trunk-0 --held-out 0\n" in note
-    assert "pretrain fracatlas runs/trunk-all\n" in note
+    for trunk, held_out in (("0", " --held-out 0"), ("1", " --held-out 1"), (ALL_FOLDS, "")):
+        settings = f"training/records/trunks/{trunk}/run.json"
+        assert f"pretrain fracatlas runs/trunk-{trunk} --settings {settings}{held_out}\n" in note
+    assert "fit fracatlas runs/all --start runs/trunk-all/network.pt --settings" in note
+    assert note.count(" --specialist training/records/specialists/hand.json") == 1
     (special,) = (row for row in rows(note, "XR_HAND") if row[1] == "hand")
-    assert special[2] == "rate 0.0001 (0.0003)"
+    assert special[2] == "rate 0.0001 (0.0003); start nothing"
     assert rows(note, "XR_WRIST")[0][1:] == ["2134 / 1326", "9752", "140 / 97", "659"]
     page = (tmp_path / "REPORT.html").read_text()
     tables = sum(line.startswith("|---") for line in note.splitlines())
@@ -148,14 +158,25 @@ def test_records_that_are_missing_or_damaged_are_named(made: Path, tmp_path: Pat
         {"scores": [[*row[:8], float("nan"), row[9]]]},
         {"folds": [{**sound["folds"][0], "losses": ["a"]}]},
         {"folds": [{**sound["folds"][0], "versions": None}]},
+        {"folds": [{**sound["folds"][0], "versions": {}}]},
+        {"folds": [{**sound["folds"][0], "threads": None}]},
+        {"folds": [{**sound["folds"][0], "seconds": float("inf")}]},
+        {"folds": [{**sound["folds"][0], "start": [1]}]},
+        {"scores": [[*row[:8], 10**400, row[9]]]},
     ):
         (records / "parts/base.json").write_text(json.dumps(sound | changed))
         with pytest.raises(Misconfigured, match=r"base\.json is no record"):
             write_note(records, tmp_path / "out")
     shutil.copy(made / "records/parts/no-first-phase.json", records / "parts/base.json")
-    (records / "data.json").write_text("[]")
-    with pytest.raises(Misconfigured, match=r"data\.json is no data report"):
+    for harm in ("[]", "{}", '{"counts": [], "duplicates": []}', "[" * 200_000):
+        (records / "data.json").write_text(harm)
+        with pytest.raises(Misconfigured, match=r"data\.json is no data report"):
+            write_note(records, tmp_path / "out")
+    shutil.copy(made / "records/data.json", records)
+    (records / "remarks.md").write_bytes(b"\xff")
+    with pytest.raises(Misconfigured, match=r"remarks\.md cannot be read"):
         write_note(records, tmp_path / "out")
+    (records / "remarks.md").unlink()
     whole = Record.read(records / "generalist.json")
     lost = tuple(
         replace(one, film=replace(one.film, study=f"x{one.film.study}")) for one in whole.scores
@@ -169,6 +190,43 @@ def test_records_that_are_missing_or_damaged_are_named(made: Path, tmp_path: Pat
     write_json(replace(whole, scores=negative).to_json(), records / "generalist.json")
     with pytest.raises(Misconfigured, match="one label only"):
         write_note(records, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "why"),
+    [
+        ("1/run.json", {"held_out": []}, "made without no fold, not without 1"),
+        ("all/run.json", {"held_out": ["0"]}, "made without 0, not without no fold"),
+        ("0/run.json", {"held_out": None}, "does not say how a run is made"),
+        ("0/run.json", {"start": [1]}, "does not say how a run is made"),
+        ("0/outcome.json", {"losses": []}, "does not say how its run ended"),
+        ("0/outcome.json", {"losses": [None]}, "does not say how its run ended"),
+        ("1/outcome.json", None, "does not say how its run ended"),
+    ],
+)
+def test_a_trunk_that_is_not_what_the_note_would_say_is_refused(
+    made: Path, tmp_path: Path, place: str, change: dict[str, object] | None, why: str
+) -> None:
+    records = tmp_path / "records"
+    shutil.copytree(made / "records", records)
+    file = records / "trunks" / place
+    if change is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(Misconfigured, match=why):
+        write_note(records, tmp_path)
+
+
+def test_trunks_of_other_settings_than_each_others_are_refused(made: Path, tmp_path: Path) -> None:
+    records = tmp_path / "records"
+    shutil.copytree(made / "records", records)
+    place = records / "trunks/1/run.json"
+    told = json.loads(place.read_text())
+    told["settings"]["rate"] /= 2
+    place.write_text(json.dumps(told))
+    with pytest.raises(Misconfigured, match="other settings"):
+        write_note(records, tmp_path)
 
 
 def test_a_converter_makes_a_pdf(made: Path, tmp_path: Path) -> None:

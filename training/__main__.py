@@ -194,7 +194,15 @@ training.add_command(search_command)
 @click.argument("record", type=FOUND)
 @click.argument("run", type=FOLDER)
 @click.argument("folder", type=FOLDER)
-def publish(data: Path, record: Path, run: Path, folder: Path) -> None:
+@click.option(
+    "--specialist",
+    type=FOUND,
+    multiple=True,
+    help="Record of a network for some areas: their cards say how it does.",
+)
+def publish(
+    data: Path, record: Path, run: Path, folder: Path, specialist: tuple[Path, ...]
+) -> None:
     """Write RUN's network and its cards to FOLDER, calibrated on RECORD's out-of-fold logits.
 
     \b
@@ -204,7 +212,8 @@ def publish(data: Path, record: Path, run: Path, folder: Path) -> None:
     from training.publish import publish_bundled
 
     told = Record.read(record)
-    done = publish_bundled(fracatlas.read(data).checked().films, told, run, folder)
+    special = [Record.read(file) for file in specialist]
+    done = publish_bundled(fracatlas.read(data).checked().films, told, run, folder, special)
     for line in study_figures(told):
         click.echo(line)
     click.echo(f"written to {done}", err=True)

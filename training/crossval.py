@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from training.start import state_of
 
 _RECORD = "record.json"
 _FOLD_NAME = re.compile(r"[\w-][\w.-]*")
-_NO_RECORD = (AttributeError, OSError, ValueError, LookupError, TypeError, RecursionError)
+_NO_RECORD = (
+    *(AttributeError, LookupError, OSError, OverflowError, RecursionError, TypeError, ValueError),
+)
 FOLD = "{fold}"  # in what training starts with: the name of the fold that is held out
 ALL_FOLDS = "all"  # stands there where none is held out
 
@@ -150,9 +152,12 @@ def _fold_of(told: Mapping[str, Any]) -> Fold:
     """Return a fold from its JSON; its losses are numbers, its versions text by name."""
     losses = tuple(map(float, told["losses"]))
     versions = {str(name): str(version) for name, version in told["versions"].items()}
-    if not (losses and isinstance(told["name"], str)):
-        raise ValueError("a fold without a name, or without losses")
-    return Fold(**{**told, "losses": losses, "versions": versions, "seconds": int(told["seconds"])})
+    if not (losses and isinstance(told["name"], str) and isinstance(told["start"], str)):
+        raise ValueError("a fold without a name, a start, or losses")
+    if "torch" not in versions:
+        raise ValueError("a fold of no torch")
+    counts = {name: int(told[name]) for name in ("films", "seconds", "threads")}
+    return Fold(**{**told, **counts, "losses": losses, "versions": versions})
 
 
 def _score(row: Sequence[Any]) -> FilmScore:
@@ -295,23 +300,53 @@ def fold_of(name: str, run: Path) -> Fold:
     """Return what the folder of a run says of itself.
 
     Raises:
-        Misconfigured: its files are damaged.
+        Misconfigured: its files are missing or damaged.
     """
+    made_of = described(run)
     try:
-        made_of = described(run)
         outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
-        return Fold(
-            name=name,
-            start=made_of["start"],
-            films=made_of["films"],
-            data=made_of["data"],
-            seconds=outcome["seconds"],
-            losses=tuple(outcome["losses"]),
-            versions=made_of["versions"],
-            threads=made_of["threads"],
+        ended = {part: outcome[part] for part in ("seconds", "losses")}
+        began = {part: made_of[part] for part in ("start", "films", "data", "versions", "threads")}
+        return _fold_of({"name": name, **began, **ended})
+    except _NO_RECORD as exc:
+        raise Misconfigured(f"{run} does not say how its run ended: {exc!r}") from exc
+
+
+def trunks_of(record: Record, folder: Callable[[str], Path]) -> list[tuple[Fold, FitSettings]]:
+    """Return what the folds of a record began with, each with a trunk of its own, and last the
+    trunk of ``ALL_FOLDS``; ``folder`` says where the run of each lies.
+
+    Raises:
+        Misconfigured: one is missing or damaged, was made otherwise than the others, or held
+            other films out than its fold's.
+    """
+    found: list[tuple[Fold, FitSettings]] = []
+    for name in (*(fold.name for fold in record.folds), ALL_FOLDS):
+        run = folder(name)
+        held_out = [] if name == ALL_FOLDS else [name]
+        if (without := described(run)["held_out"]) != held_out:
+            told = [", ".join(names) or "no fold" for names in (without, held_out)]
+            raise Misconfigured(f"{run} was made without {told[0]}, not without {told[1]}.")
+        settings = read_settings(run / "run.json")
+        if found and settings != found[0][1]:
+            raise Misconfigured(f"{run} was made with other settings than the fold's before it.")
+        found.append((fold_of(name, run), settings))
+    return found
+
+
+def paired(one: Record, other: Record, area: str) -> tuple[list[FilmScore], list[FilmScore]]:
+    """Return both records' scores of the films of an area that both scored, in one order."""
+    both = {score.film.identity for score in one.scores} & {
+        score.film.identity for score in other.scores
+    }
+    mine, theirs = (
+        sorted(
+            (score for score in record.of_area(area) if score.film.identity in both),
+            key=lambda score: score.film.identity,
         )
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise Misconfigured(f"{run} is damaged ({exc!r}): remove it to begin again.") from exc
+        for record in (one, other)
+    )
+    return mine, theirs
 
 
 def study_figures(record: Record) -> Iterator[str]:

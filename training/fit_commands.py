@@ -49,6 +49,7 @@ _MACHINE = (
     _DEVICE,
 )  # fmt: skip
 _SETTINGS = (
+    click.option("--settings", type=FOUND, help="best.json of a search, or run.json of a run."),
     click.option("--epochs", type=click.IntRange(1), help="Epochs of the last stage at most."),
     click.option("--head-epochs", type=click.IntRange(0), help="Epochs of phase one."),
     click.option("--rate", type=_RATE, help="Learning rate of phase two."),
@@ -68,7 +69,6 @@ _FITTED = (
     click.option("--area", type=AREA, multiple=True, help="Films of this area (again for more)."),
     click.option("--start", metavar="HOW", default="nothing", show_default=True, help=_START),
     click.option("--home", type=FOUND, help="Home whose weights --start names by their digest."),
-    click.option("--settings", type=FOUND, help="best.json of a search, or run.json of a run."),
 )
 
 
@@ -111,11 +111,11 @@ def _asked(options: dict[str, Any], base: FitSettings | None = None) -> _Asked:
     stages = settings.stages
     if "inside" in given:  # for all stages, those too that have a weight of their own
         stages = tuple(replace(stage, inside=None) for stage in stages)
-    if (epochs := given.pop("epochs", None)) is not None:
-        stages = (*stages[:-1], replace(stages[-1], epochs=epochs))
+    epochs = given.pop("epochs", stages[-1].epochs)
     if given.get("patience") == 0:
         given["patience"] = None
     try:
+        stages = (*stages[:-1], replace(stages[-1], epochs=epochs))
         settings = replace(settings, stages=stages, **given)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc

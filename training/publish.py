@@ -22,7 +22,7 @@ from mura_batch.runtime import Runtime, load
 from mura_batch.weights import sha256_of
 from mura_batch.weights_card import Calibration, Card, Metric, OperatingPoint, Origin
 from training.calibration import POINTS, cross_fitted_rates, fit_calibration, thresholds
-from training.crossval import ALL_FOLDS, FOLD, Record
+from training.crossval import ALL_FOLDS, FOLD, Record, paired, trunks_of
 from training.dataset import Film
 from training.evaluate import (
     Deciding,
@@ -33,7 +33,7 @@ from training.evaluate import (
     score_films,
     where_evidence_lies,
 )
-from training.metrics import Cases, Estimate, auc_of
+from training.metrics import Cases, Estimate, auc_of, difference, roc_auc
 from training.run_folder import described, made_by, read_settings, state_digest
 from training.settings import FitSettings
 from training.start import state_of
@@ -45,19 +45,22 @@ _TRAINED_ON = (
 _STARTS = {
     "nothing": "begun with random weights, no ImageNet weights",
     "runs/trunk-{fold}/network.pt": (
-        "begun with a trunk of all its films, legs and hips too, which began with random weights:"
-        " no ImageNet weights"
+        "begun with a trunk of all its films, legs and hips too (out of fold: of all but the"
+        " fold's), which began with random weights: no ImageNet weights"
     ),
 }
 _NOTES = (
-    "Starting weights, not specialists: the same network serves all seven areas; networks that"
-    " were fine-tuned from it for hands and wrists, forearms, and elbows, tried on one fold, were"
-    " no better. The label is fracture, not MURA's abnormal. FracAtlas has no finger films of"
-    " their own and few films of wrists alone, humeri and shoulders. Trained on all of its"
-    " upper-limb exams here; measured, calibrated and given its thresholds on the pooled"
-    " out-of-fold logits of {folds} networks that were trained in the same way, trunk and all, each"
-    " without the exams that it scored. Sensitivity and specificity are cross-fitted over two"
-    " halves of these exams. Not tested on any other hospital's films."
+    "Starting weights, not specialists: the same network serves all seven areas. The label is"
+    " fracture, not MURA's abnormal. FracAtlas has no finger films of their own and few films of"
+    " wrists alone, humeri and shoulders. Trained on all of its upper-limb exams here; measured,"
+    " calibrated and given its thresholds on the pooled out-of-fold logits of {folds} networks that"
+    " were trained in the same way, each without the exams that it scored. Sensitivity and"
+    " specificity are cross-fitted over two halves of these exams. Not tested on any other"
+    " hospital's films."
+)
+_SPECIALIST = (
+    " Fine-tuned for {areas}, it reached an AUC of {own} on {studies} studies out of fold ({folds}"
+    " folds), where this one reached {this}: {gain}, paired."
 )
 _DECODED = (
     " Films are decoded at reduced size, as these weights ask: over the {films} films that are"
@@ -131,11 +134,18 @@ def card_for(
     )
 
 
-def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Path) -> Path:
+def publish_bundled(
+    films: Sequence[Film],
+    record: Record,
+    run: Path,
+    folder: Path,
+    specialists: Sequence[Record] = (),
+) -> Path:
     """Write the run's network in half precision, and a card for each area, into ``folder``.
 
     ``record`` is the cross-validation of the same settings; calibration, thresholds and figures
-    come from it. Return the weights' file.
+    come from it. The cards say how much better ``specialists`` of their area are. Return the
+    weights' file.
 
     Nothing is replaced before all of it is made.
 
@@ -158,7 +168,8 @@ def publish_bundled(films: Sequence[Film], record: Record, run: Path, folder: Pa
         cards = _cards(films, record, file, half)
         file.replace(folder / file.name)
     for card in cards:
-        _write_card(folder / "cards" / f"{card.area}.json", card)
+        notes = card.notes + "".join(_beside(record, one, card.area) for one in specialists)
+        _write_card(folder / "cards" / f"{card.area}.json", replace(card, notes=notes))
     return folder / file.name
 
 
@@ -172,17 +183,36 @@ def _starts(record: Record) -> set[str]:
     if FOLD not in record.start:
         starts = {fold.start for fold in record.folds}
         return starts if len(starts) == 1 else set()
-    every, *own = (
-        Path(record.start.replace(FOLD, name))
-        for name in (ALL_FOLDS, *(fold.name for fold in record.folds))
+
+    def file_of(name: str) -> Path:
+        return Path(record.start.replace(FOLD, name))
+
+    trunks_of(record, lambda name: file_of(name).parent)
+    for fold in record.folds:
+        if _digest_of(file_of(fold.name)) != fold.start:
+            raise Misconfigured(f"The fold {fold.name} did not begin with {file_of(fold.name)}.")
+    return {_digest_of(file_of(ALL_FOLDS))}
+
+
+def _digest_of(file: Path) -> str:
+    """Return the digest of what a run that starts with this file begins with."""
+    return state_digest(state_of(str(file)) or {})
+
+
+def _beside(record: Record, specialist: Record, area: Area) -> str:
+    """Say how a specialist does beside the generalist on one of its areas; empty on others."""
+    own, this = paired(specialist, record, area)
+    if area not in specialist.areas or not both_labels(by_study(own)):
+        return ""
+    cases, others = (cases_of(by_study(scores), None) for scores in (own, this))
+    return _SPECIALIST.format(
+        areas=" and ".join(specialist.areas),
+        own=auc_of(cases).words(),
+        studies=len(cases.labels),
+        folds=len({score.film.split for score in own}),
+        this=auc_of(others).words(),
+        gain=difference(cases, others, roc_auc).words("+.3f"),
     )
-    if described(every.parent)["held_out"]:
-        raise Misconfigured(f"{every} was made without some films: make one of all.")
-    settings = read_settings(every.with_name("run.json"))
-    for one in own:
-        if read_settings(one.with_name("run.json")) != settings:
-            raise Misconfigured(f"{every} was made with other settings than {one}: make it again.")
-    return {state_digest(state_of(str(every)) or {})}
 
 
 def _cards(

@@ -37,7 +37,7 @@ from mura_batch.atomic import write_atomic
 from mura_batch.config import NOTICE
 from mura_batch.errors import Misconfigured
 from training.calibration import cross_fitted_rates
-from training.crossval import ALL_FOLDS, Fold, Record, fold_of
+from training.crossval import ALL_FOLDS, FOLD, Fold, Record, paired, trunks_of
 from training.dataset import ALL_AREAS
 from training.evaluate import (
     Evaluation,
@@ -59,13 +59,13 @@ from training.metrics import (
 from training.pictures import pictures_of
 from training.plots import STYLE, loss_curves, plots
 from training.publish import decided_by, deciding_of
-from training.run_folder import read_settings
 from training.settings import FitSettings
 from training.sources.mura import PUBLISHED_IMAGES, PUBLISHED_STUDIES
 
 GENERALIST = "generalist.json"
 _BASE = "base"
 _IN_FULL = "in full"
+_DATA = ("target", "hardware", "unreadable", "problems", "duplicates", "quantiles")
 _LONG = ("stages", "start", "areas")  # settings of the other method, told where it stands
 _TEMPLATE = "report.md.jinja"
 _CONVERTER = "weasyprint"  # HTML to PDF
@@ -137,6 +137,7 @@ def write_note(records: Path, out: Path) -> list[Path]:
         evaluations=list(_evaluations(whole)),
         all_areas=ALL_AREAS,
         all_folds=ALL_FOLDS,
+        fold=FOLD,
         folds=list(_by_fold(whole)),
         rates=cross_fitted_rates(cases_of(exams, None)),
         calibrated=_calibrated(whole),
@@ -150,7 +151,7 @@ def write_note(records: Path, out: Path) -> list[Path]:
         outside=sum(one.localised is not None and not one.localised.chance for one in whole.scores),
         pictures=pictures_of(whole, figures),
         records=os.path.relpath(records, out),
-        trunks=_trunks(records / "trunks"),
+        trunks=list(_trunks(whole, records / "trunks")),
         remarks=_remarks(records / "remarks.md"),
     )
     note = out / "REPORT.md"
@@ -162,7 +163,10 @@ def write_note(records: Path, out: Path) -> list[Path]:
 
 def _remarks(file: Path) -> str:
     """Return what people wrote of the records, more items of the list of limits."""
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    try:
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    except (OSError, UnicodeDecodeError) as exc:
+        raise Misconfigured(f"{file} cannot be read: {exc}") from exc
 
 
 def _evaluations(record: Record) -> Iterator[Evaluation]:
@@ -172,12 +176,11 @@ def _evaluations(record: Record) -> Iterator[Evaluation]:
         yield from evaluate(record.of_area(area), deciding, area)
 
 
-def _trunks(folder: Path) -> list[tuple[Fold, FitSettings]]:
-    """Return each trunk, named after the fold that it never saw, and how it was made."""
-    return [
-        (fold_of(run.name, run), read_settings(run / "run.json"))
-        for run in sorted(folder.glob("*"))
-    ]
+def _trunks(record: Record, folder: Path) -> Iterator[tuple[Fold, FitSettings, Path]]:
+    """Yield each trunk that a fold began with, how it was made, and where its run lay."""
+    if FOLD in record.start:
+        for trunk, settings in trunks_of(record, lambda name: folder / name):
+            yield trunk, settings, Path(record.start.replace(FOLD, trunk.name)).parent
 
 
 def _by_fold(record: Record) -> Iterator[tuple[Fold, int, int, Estimate]]:
@@ -193,12 +196,12 @@ def _calibrated(record: Record) -> _Calibrated:
     exams = by_study(record.scores)
     raw, fitted = (cases_of(exams, how) for how in (None, deciding_of(record).calibration))
     crossed = raw.probabilities.copy()
-    fold_of = np.array([exam[0].film.split for exam in exams])
-    for fold in {*fold_of}:
+    splits = np.array([exam[0].film.split for exam in exams])
+    for fold in {*splits}:
         others = [exam for exam in exams if exam[0].film.split != fold]
         if both_labels(others):
             how = decided_by(others, "the other folds").calibration
-            crossed[fold_of == fold] = cases_of(exams, how).probabilities[fold_of == fold]
+            crossed[splits == fold] = cases_of(exams, how).probabilities[splits == fold]
     apart = Cases(raw.logits, crossed, raw.labels, raw.patients)
     return _Calibrated(ece_of(raw), ece_of(fitted), ece_of(apart))
 
@@ -245,16 +248,7 @@ def _records(folder: Path) -> list[tuple[str, Record]]:
 
 def _compared(name: str, one: Record, other: Record, area: str) -> Iterator[Compared]:
     """Yield how a method does beside another on an area, if both labels are there."""
-    films = ({score.film.identity for score in record.scores} for record in (one, other))
-    both = set.intersection(*films)
-    mine, theirs = (
-        [
-            score
-            for score in sorted(record.of_area(area), key=lambda score: score.film.identity)
-            if score.film.identity in both
-        ]
-        for record in (one, other)
-    )
+    mine, theirs = paired(one, other, area)
     if not both_labels(by_study(mine)):
         return
     cases, others = (cases_of(by_study(scores), None) for scores in (mine, theirs))
@@ -318,8 +312,9 @@ def _data(file: Path) -> dict[str, Any] | None:
             for place, name in enumerate(("studies", "positive", "images")):
                 own[place] += count[name]
         across = Counter(side for group in told["duplicates"] for side in group["across"])
-        return {**told, "rows": sorted(rows.items()), "across": across}
-    except (ValueError, KeyError, TypeError) as exc:
+        shown = {name: told[name] for name in _DATA}
+        return {**shown, "rows": sorted(rows.items()), "across": across}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise Misconfigured(f"{file} is no data report in JSON: {exc!r}") from exc
 
 

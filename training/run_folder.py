@@ -142,9 +142,13 @@ def described(run: Path) -> dict[str, Any]:
     file = run / "run.json"
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        return {name: told[name] for name in _DESCRIBED}
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise Misconfigured(f"{file} is damaged: it should say how a run is made.") from exc
+        found = {name: told[name] for name in _DESCRIBED}
+        sound = all(isinstance(text, str) for text in (found["start"], *found["held_out"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
+        raise Misconfigured(f"{file} does not say how a run is made: {exc!r}") from exc
+    if not sound:
+        raise Misconfigured(f"{file} does not say how a run is made: start or held_out is no text.")
+    return found
 
 
 def data_digest(films: Sequence[Film]) -> str:
