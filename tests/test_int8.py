@@ -79,6 +79,19 @@ def test_int8_says_nearly_what_f32_says_and_is_other_arithmetic() -> None:
     assert np.abs(true.maps - found.maps).max() < 0.1
 
 
+@pytest.mark.skipif(not HAS_BF16, reason="needs a processor that has bf16")
+def test_what_is_not_int8_is_computed_in_bf16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pixels = films(4)
+    ranges = activation_ranges(network(), SPEC, [pixels])
+    both = compiled(WEIGHTS, SPEC, ranges)
+    monkeypatch.setattr("mura_batch.runtime.compiled._capabilities", list)
+    alone = compiled(WEIGHTS, SPEC, ranges)
+    assert (both.precision, alone.precision) == ("int8+bf16", "int8")
+    assert 1e-5 < np.abs(score(both, pixels).logits - score(alone, pixels).logits).max() < 0.2
+
+
 def test_channels_that_are_dead_are_no_trouble() -> None:
     tensors = {name: tensor.copy() for name, tensor in WEIGHTS.tensors.items()}
     tensors["features.denseblock1.denselayer1.conv1.weight"][:3] = 0

@@ -206,7 +206,8 @@ class _Trainer:
         self._run = run
         self._workers = workers
         self._device = next(network.parameters()).device
-        average = get_ema_multi_avg_fn(settings.average)  # type: ignore[no-untyped-call]  # has none
+        # torch has no types for it.
+        average = get_ema_multi_avg_fn(settings.average)  # type: ignore[no-untyped-call]
         self._average = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
         self._labels = np.array([film.label for film in sides.train])
         self._drawn = Drawn(
