@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from mura_batch.area import Area
-from mura_batch.cli import program
+from mura_batch.config import Settings
+from mura_batch.direct import Request, score_paths
 from mura_batch.runtime import Inference, load, race, words
 from mura_batch.runtime.openvino_runtime import OpenVinoRuntime
 from mura_batch.weights import load_bundled
@@ -70,15 +70,17 @@ def test_the_faster_runtime_is_taken_and_known_at_the_next_start(
             auto(kept=tmp_path / "slow")
 
 
-def test_a_home_that_goes_away_is_not_raced_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_goes_away_is_not_raced_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: object) -> float:
         raise AssertionError("raced")
 
     monkeypatch.setattr(race, "_of_torch", never)
     film = Path(race.__file__).parents[1] / "samples/elbow_lateral.png"
-    done = CliRunner().invoke(program, ["score", str(film), "--area", "XR_ELBOW"])
-    assert done.exit_code == 0, done.output
-    assert "done" in done.stdout
+    request = Request((film,), area=Area.XR_ELBOW)
+    (study,) = score_paths(Settings(home=tmp_path), request).studies
+    assert study.state == "done"
 
 
 def test_networks_of_one_kind_race_once_and_others_anew(

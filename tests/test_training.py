@@ -136,7 +136,7 @@ def test_folds_that_end_at_the_same_time_all_join_the_record(tmp_path: Path) -> 
 
     def end(name: str) -> None:
         film = Film(Path(f"{name}.png"), name, name, "XR_HAND", 1, split=name)
-        fold = Fold(name, "start", 1, "data", 1, (0.5,), {}, 1)
+        fold = Fold(name, "start", 1, "data", 1, (0.5,), {"torch": "2.8"}, 1)
         join(tmp_path, method, fold, [FilmScore(film, 0.5, None)])
 
     with ThreadPoolExecutor(8) as pool:
