@@ -109,7 +109,7 @@ class GreyTable:
         last = number(self.dataset, "PixelPaddingRangeLimit")
         ends = [int(first), int(first if last is None else last)]
         if self.signed:  # a negative value may be written as an unsigned one
-            ends = [end - 0x10000 if end > 0x7FFF else end for end in ends]  # noqa: PLR2004 - 16 bits
+            ends = [end - 0x10000 if end > 0x7FFF else end for end in ends]  # noqa: PLR2004 - the largest number of 16 signed bits
         return np.asarray((stored >= min(ends)) & (stored <= max(ends)))
 
     def _groups(self, macro: str) -> list[Dataset]:

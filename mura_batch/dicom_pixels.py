@@ -87,7 +87,7 @@ class _Layout:
         """
         if self.photometric == "PALETTE COLOR":
             return 6
-        return 16 if self.allocated > 16 else self.samples * self.allocated // 8  # noqa: PLR2004 - a number of bits
+        return 16 if self.allocated > 16 else self.samples * self.allocated // 8  # noqa: PLR2004 - wider words than of 16 bits are weighed alike
 
 
 def read_dicom(stream: BinaryIO, frame: int, enough: int | None) -> tuple[NDArray[np.uint8], bool]:
@@ -388,7 +388,7 @@ def _run_lengths(packed: bytes, layout: _Layout) -> NDArray[Any]:
 def _is_plain_grey(layout: _Layout, dataset: Dataset) -> bool:
     """Tell whether means of neighbouring values mean something: no palette, no padding."""
     grey = layout.photometric in {"MONOCHROME1", "MONOCHROME2"}
-    return grey and layout.allocated <= 16 and "PixelPaddingValue" not in dataset  # noqa: PLR2004 - a number of bits
+    return grey and layout.allocated <= 16 and "PixelPaddingValue" not in dataset  # noqa: PLR2004 - Pillow reads JPEG 2000 of up to 16 bits
 
 
 def _smaller(
@@ -408,7 +408,7 @@ def _smaller(
     try:
         with Image.open(io.BytesIO(packed), formats=("JPEG2000",)) as film:
             # The plugin keeps the number of halvings under a name that its base has for a method.
-            film.reduce = halvings  # type: ignore[assignment,method-assign]  # so it does
+            film.reduce = halvings  # type: ignore[assignment,method-assign]  # typed as the method of its base
             scaled = np.asarray(film)
     except (*DECODER_ERRORS, Image.DecompressionBombError):  # fewer levels than halvings, say
         return None
@@ -500,7 +500,7 @@ def _painted(stored: NDArray[Any], dataset: Dataset) -> tuple[NDArray[Any], int]
     index = unsigned_words(stored)
     domain = np.arange(np.iinfo(index.dtype).max + 1)
     palette = apply_color_lut(domain.reshape(1, -1), dataset)[0, :, :3]
-    bits = 16 if palette.dtype == np.uint16 and int(palette.max()) > 0xFF else 8  # noqa: PLR2004 - the most of a byte
+    bits = 16 if palette.dtype == np.uint16 and int(palette.max()) > 0xFF else 8  # noqa: PLR2004 - the largest number of 8 bits
     return palette[index], bits
 
 

@@ -109,7 +109,7 @@ def _json_lines(blocks: Iterable[Block], fields: tuple[str, ...], stream: Binary
 
 def _parquet(blocks: Iterable[Block], fields: tuple[str, ...], stream: BinaryIO) -> None:
     import pyarrow as pa  # noqa: PLC0415 - costs a fifth of a second that the others need not pay
-    import pyarrow.parquet as pq  # noqa: PLC0415 - pyarrow's larger half, for this form alone
+    import pyarrow.parquet as pq  # noqa: PLC0415 - slow to import, and only this form is written by it
 
     types = {name: pa.int64() for name in _WHOLE_NUMBERS}
     types |= {name: pa.float64() for name in _NUMBERS}

@@ -15,7 +15,7 @@ def decode_on_gpu() -> None:
     """
     try:
         from nvidia import nvimgcodec  # noqa: PLC0415 - an option, of which most have nothing
-        from nvidia.nvimgcodec.tools.dicom import pydicom_plugin  # noqa: PLC0415 - comes with it
+        from nvidia.nvimgcodec.tools.dicom import pydicom_plugin  # noqa: PLC0415 - a part of that option, missing where it is
     except ImportError as exc:
         raise Misconfigured(
             "`gpu_decode` needs nvImageCodec: pip install 'nvidia-nvimgcodec-cu12[all]>=0.8'"

@@ -69,7 +69,7 @@ def load(
     ranges = ranges if precision == "auto" else {}
     try:
         from mura_batch.runtime.compiled import fastest, recalled  # noqa: PLC0415 - an extra
-        from mura_batch.runtime.race import won_by_torch  # noqa: PLC0415 - asks for that extra's version
+        from mura_batch.runtime.race import won_by_torch  # noqa: PLC0415 - imports OpenVINO, which may not be installed
     except ImportError as exc:
         if runtime == "auto":
             return _on_torch(weights, spec, found, precision)

@@ -89,7 +89,7 @@ class CudaRuntime:
                 found[: len(part)].to("cpu", non_blocking=True) for found in evidence
             )  # into pinned memory
             # To wait for it takes no core from the decoders.
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch has no types for it
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch leaves its constructor untyped
             done.record(self._computing)
 
         def fetched() -> Inference:

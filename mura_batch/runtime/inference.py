@@ -43,26 +43,27 @@ class Inference:
 
 
 class Runtime(Protocol):
-    """A network ready to score; for one thread at a time, which may start several passes.
-
-    Attributes:
-        name: ``torch`` or ``openvino``.
-        device: ``cpu``, ``cuda:0``, ``mps``.
-        precision: ``f32``, ``fp16``, ``int8``, or ``int8+bf16``: bf16 for what is not int8.
-        nbytes: memory that it keeps while it is warm, in bytes, estimated.
-    """
+    """A network ready to score; for one thread at a time, which may start several passes."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102 - the class's Attributes say it
+    def name(self) -> str:
+        """``torch`` or ``openvino``."""
+        ...
 
     @property
-    def device(self) -> str: ...  # noqa: D102 - the class's Attributes name the values
+    def device(self) -> str:
+        """``cpu``, ``cuda:0``, ``mps``."""
+        ...
 
     @property
-    def precision(self) -> Precision: ...  # noqa: D102 - the Attributes list all of them
+    def precision(self) -> Precision:
+        """``f32``, ``fp16``, ``int8``, or ``int8+bf16``: bf16 for what is not int8."""
+        ...
 
     @property
-    def nbytes(self) -> int: ...  # noqa: D102 - the class's Attributes give the unit
+    def nbytes(self) -> int:
+        """Memory that it keeps while it is warm, in bytes, estimated."""
+        ...
 
     def infer(self, pixels: NDArray[np.uint8]) -> Iterator[Inference]:
         """Start to score luminance of shape (N, S, S), N at least 1, S the side the weights want.
