@@ -116,7 +116,7 @@ class Record:
                 str(told["start"]),
                 str(told["target"]),
                 tuple(map(Area, told["areas"])),
-                tuple(map(_fold_of, told["folds"])),
+                tuple(map(_fold_from_json, told["folds"])),
                 tuple(map(_score, told["scores"])),
             )
             if not record.folds or not record.scores:
@@ -148,7 +148,7 @@ def _row(score: FilmScore) -> list[Any]:
     ]
 
 
-def _fold_of(told: Mapping[str, Any]) -> Fold:
+def _fold_from_json(told: Mapping[str, Any]) -> Fold:
     """Return a fold from its JSON; its losses are numbers, its versions text by name."""
     losses = tuple(map(float, told["losses"]))
     versions = {str(name): str(version) for name, version in told["versions"].items()}
@@ -218,7 +218,7 @@ def cross_validate(
         own, state = run / f"fold-{name}", states[begins[name]]
         fit(data, own, settings, held_out=[name], start=state, device=device, workers=workers)
         scores = score_run(own, films, device)
-        record = join(run, record, fold_of(name, own), scores)
+        record = join(run, record, _fold_of_run(name, own), scores)
     return record
 
 
@@ -296,7 +296,7 @@ def load_run(run: Path, device: str = "cpu") -> Runtime:
     return load(weights, settings.preprocessing, device=device)
 
 
-def fold_of(name: str, run: Path) -> Fold:
+def _fold_of_run(name: str, run: Path) -> Fold:
     """Return what the folder of a run says of itself.
 
     Raises:
@@ -307,7 +307,7 @@ def fold_of(name: str, run: Path) -> Fold:
         outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
         ended = {part: outcome[part] for part in ("seconds", "losses")}
         began = {part: made_of[part] for part in ("start", "films", "data", "versions", "threads")}
-        return _fold_of({"name": name, **began, **ended})
+        return _fold_from_json({"name": name, **began, **ended})
     except _NO_RECORD as exc:
         raise Misconfigured(f"{run} does not say how its run ended: {exc!r}") from exc
 
@@ -330,7 +330,7 @@ def trunks_of(record: Record, folder: Callable[[str], Path]) -> list[tuple[Fold,
         settings = read_settings(run / "run.json")
         if found and settings != found[0][1]:
             raise Misconfigured(f"{run} was made with other settings than the fold's before it.")
-        found.append((fold_of(name, run), settings))
+        found.append((_fold_of_run(name, run), settings))
     return found
 
 

@@ -165,11 +165,10 @@ def publish_bundled(
     with tempfile.TemporaryDirectory(dir=folder) as made:
         file = Path(made) / "generalist.safetensors"
         half = write_weights(run, file, torch.float16)
-        cards = _cards(films, record, file, half)
+        cards = _cards(films, record, specialists, file, half)
         file.replace(folder / file.name)
     for card in cards:
-        notes = card.notes + "".join(_beside(record, one, card.area) for one in specialists)
-        _write_card(folder / "cards" / f"{card.area}.json", replace(card, notes=notes))
+        _write_card(folder / "cards" / f"{card.area}.json", card)
     return folder / file.name
 
 
@@ -216,7 +215,11 @@ def _beside(record: Record, specialist: Record, area: Area) -> str:
 
 
 def _cards(
-    films: Sequence[Film], record: Record, file: Path, half: dict[str, Tensor]
+    films: Sequence[Film],
+    record: Record,
+    specialists: Sequence[Record],
+    file: Path,
+    half: dict[str, Tensor],
 ) -> list[Card]:
     settings = record.settings
     notes = _NOTES.format(folds=len(record.folds))
@@ -238,7 +241,12 @@ def _cards(
     )
     on = f"FracAtlas, out of fold ({len(record.folds)} folds)"
     found = Measured(record.scores, record.target, on)
-    return [card_for(area, file, settings, found, origins) for area in Area]
+
+    def with_notes_of(area: Area) -> Origins:
+        beside = "".join(_beside(record, one, area) for one in specialists)
+        return replace(origins, notes=notes + beside)
+
+    return [card_for(area, file, settings, found, with_notes_of(area)) for area in Area]
 
 
 def write_weights(run: Path, file: Path, precision: torch.dtype) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from mura_batch.weights_card import ARCHITECTURE
 from training.run_folder import UNREADABLE, read_settings
 from training.settings import FROM_NOTHING, LIMB_FILMS, FitSettings, two_phases
 
-_NO_START = "{}: no such file; --start takes nothing, imagenet, bundled, auto, or a file."
+_NO_START = "{!r}: no such file; --start takes nothing, imagenet, bundled, auto, or a file."
 _FIXED = {"nothing": FROM_NOTHING, "imagenet": FitSettings()}
 WORDS = (*_FIXED, "bundled", "auto")  # what --start takes besides files
 
@@ -128,7 +128,7 @@ def _of_file(file: Path) -> Mapping[str, Tensor]:
         else:
             state = torch.load(file, weights_only=True, map_location="cpu")
     except FileNotFoundError as exc:
-        raise Misconfigured(_NO_START.format(file)) from exc
+        raise Misconfigured(_NO_START.format(str(file))) from exc
     except (*UNREADABLE, SafetensorError) as exc:
         raise Misconfigured(
             f"{file} is no network's state: give one that torch or safetensors wrote."

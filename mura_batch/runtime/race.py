@@ -41,9 +41,6 @@ class _Times(NamedTuple):
     torch: float
     openvino: float
 
-    def won_by_torch(self) -> bool:
-        return self.torch < _CLEARLY * self.openvino
-
 
 _raced: dict[str, _Times] = {}  # in this process, by what was raced
 
@@ -59,21 +56,31 @@ def won_by_torch(made: Runtime, architecture: str, size: int, kept: Path) -> boo
     except PackageNotFoundError:  # of no torch that it knows of
         return False
     on = [*machine(), architecture, made.precision, size, *versions]
-    if (told := _told(kept / _FILE, on)) is not None:
-        return told.won_by_torch()
-    race = json.dumps(on)
-    if race not in _raced:
+    times = _told(kept / _FILE, on)
+    if times is None:
+        times = _race(json.dumps(on), made, architecture, size)
+        if times is None:
+            return False
+        _keep(kept / _FILE, on, times)
+    return times.torch < _CLEARLY * times.openvino
+
+
+def _race(what: str, made: Runtime, architecture: str, size: int) -> _Times | None:
+    """Return what both took, timed now or earlier in this process; None where torch did not run."""
+    if what not in _raced:
         torch = _of_torch(architecture, size)
         if torch is None:
-            return False
-        _raced[race] = _Times(torch, _seconds(made, size))
-    found = _raced[race]
-    text = json.dumps({"on": on, **found._asdict()}).encode()
+            return None
+        _raced[what] = _Times(torch, _seconds(made, size))
+    return _raced[what]
+
+
+def _keep(file: Path, on: list[object], times: _Times) -> None:
+    text = json.dumps({"on": on, **times._asdict()}).encode()
     try:
-        write_atomic(kept / _FILE, lambda stream: stream.write(text))
+        write_atomic(file, lambda stream: stream.write(text))
     except OSError as exc:
         log.warning("which runtime is faster cannot be kept", extra={"error": str(exc)})
-    return found.won_by_torch()
 
 
 def _told(file: Path, on: list[object]) -> _Times | None:
