@@ -9,9 +9,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from tqdm import tqdm
 from mura_batch.errors import MuraError, Rejected
 from mura_batch.radiograph import read_luminance
 from training.dataset import ALL_AREAS, Dataset, Film
+from training.processes import pool_of
 
 _HASH_SIDE = 16  # a film's perceptual hash has this many bits squared
 _ALIKE = 15  # bits of 256 that may differ between films that are taken for one
@@ -170,7 +169,7 @@ def difference_hash(film: NDArray[np.uint8]) -> str:
 def _looked_at(films: Sequence[Film], workers: int | None) -> Iterator[Look]:
     places = [(film.path, film.frame) for film in films]
     told = tqdm(total=len(places), desc="looking at films", disable=None)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, told:
+    with pool_of(workers) as pool, told:
         for look in pool.map(look_at, places, chunksize=_CHUNK):
             told.update()
             yield look

@@ -6,11 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ from mura_batch.errors import Transient
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.radiograph import read_film
 from training.dataset import Edges, Film
+from training.processes import pool_of
 from training.run_folder import in_turn
 
 _HEADROOM = 1.2  # films are kept this much larger than the input, so that zooming in is sharp
@@ -138,7 +137,7 @@ def _mapping(workers: int) -> Iterator[Callable[..., Iterator[_Read]]]:
     if not workers:
         yield map
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with pool_of(workers) as pool:
         yield partial(pool.map, chunksize=_CHUNK)
 
 

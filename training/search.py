@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import cast, get_args
 
 import numpy as np
@@ -35,6 +32,7 @@ from training.dataset import Dataset
 from training.evaluate import check_readable
 from training.fit import LossIsNoNumber, divide, fit, study_auc
 from training.folds import folded
+from training.processes import pool_of
 from training.run_folder import alone_in, compare, data_digest, state_digest, write_json
 from training.settings import CELL, FROZEN, FitSettings, Imbalance, settings_of
 
@@ -81,7 +79,7 @@ def search(
     Raises:
         Misconfigured: as for :func:`training.fit.fit`, the folder holds another search or is
             damaged, or too many trials went off.
-        Transient: no trial has come to an end.
+        Transient: no trial has come to an end, or a process was killed.
     """
     run = run.resolve()  # Optuna's lock is a link that holds the path as it was given
     within = _within(data, held_out, folds, base)
@@ -106,22 +104,9 @@ def search(
 
 def _side_by_side(works: Sequence[Callable[[], None]]) -> None:
     """Do them in a process each; an error of one of them is raised when it has ended."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(len(works), context, initializer=_end_with_parent) as pool:
+    with pool_of(len(works)) as pool:
         for ended in as_completed([pool.submit(work) for work in works]):
             ended.result()
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that began it has ended, however that was."""
-
-    def wait() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
 
 
 def _within(data: Dataset, held_out: Collection[str], folds: int, base: FitSettings) -> Dataset:
