@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from mura_batch.area import Area
 from mura_batch.atomic import write_atomic
@@ -28,13 +29,14 @@ from mura_batch.errors import Misconfigured, MuraError, Transient
 from mura_batch.inbox import Inbox
 from mura_batch.lock import LOCK_FILE
 from mura_batch.news import News
-from mura_batch.pipeline import Pipeline
 from mura_batch.records import State
-from mura_batch.scoring import warm_scorer
-from mura_batch.store import Store
 from mura_batch.systemd import ALIVE, READY, STOPPING
 from mura_batch.wakeup import Wakeup
 from mura_batch.weights import WeightsStore
+
+if TYPE_CHECKING:
+    from mura_batch.pipeline import Pipeline
+    from mura_batch.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ _GROUP = 16  # studies claimed at once, so that their fsyncs share the disk's co
 _TAKE = 256  # studies taken from the ledger at once
 _IDLE_SHARE = 50  # an idle inbox is scanned for at most 1/50 of the time
 _ONCE_SECONDS = 0.1  # between two scans of `watch --once`
+_SOONEST = 0.1  # of the time to settle: between two scans for what settles at different times
 _LONGEST_WAIT = 60.0  # seconds between full scans, whatever they cost
 _WORD_SECONDS = 5.0  # between two words for `status`
 _GATHER_SECONDS = 0.05  # how long claims may gather while studies keep coming
@@ -113,6 +116,13 @@ class Daemon:
             stack.enter_context(_alone(settings))
             if once:
                 _check_inbox(settings)
+            inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
+            inbox.look()
+            # Half a second of imports, in which the inbox settles.
+            from mura_batch.pipeline import Pipeline  # noqa: PLC0415 - imports NumPy, pydicom and Pillow
+            from mura_batch.scoring import warm_scorer  # noqa: PLC0415 - imports NumPy
+            from mura_batch.store import Store  # noqa: PLC0415 - imports SQLAlchemy
+
             store = stack.enter_context(Store.open(settings.database_url))
             weights = WeightsStore(settings.weights_dir)
             custody = Custody(settings, go_on=self._go_on)
@@ -121,7 +131,6 @@ class Daemon:
             stack.enter_context(self._wakeup)
             log.info("watching", extra={"mode": self._wakeup.mode})
             _catch_up(settings, store, custody, pipeline)
-            inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
             feeder = stack.enter_context(ThreadPoolExecutor(1, "feeder"))
             feeding = feeder.submit(self._feed, store, weights, pipeline)
             feeding.add_done_callback(lambda _: self.stop())
@@ -164,7 +173,9 @@ class Daemon:
                 full_at = now + min(pause, _LONGEST_WAIT)
             pause = full_at - now
             if inbox.waiting or once:
-                pause = min(pause, self._settings.settle_seconds / 2)
+                settle = self._settings.settle_seconds
+                soonest = max(settle * _SOONEST, inbox.last_scan_seconds)
+                pause = min(pause, settle / 2, max(inbox.due - now, soonest))
             if once and not inbox.waiting:  # what ends the last study does not wake this thread
                 pause = min(pause, max(_ONCE_SECONDS, inbox.last_scan_seconds))
             named = self._wakeup.wait(max(pause, 0.0))

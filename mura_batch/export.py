@@ -16,7 +16,7 @@ from mura_batch.results import Block, Results
 
 _GROUP = 20  # blocks of a Parquet row group
 _END = "\r\n"
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+_FORMULA = frozenset("=+-@\t\r\n＝＋－＠")  # what a cell that is one begins with
 _FREE = {"study_uid", "accession", "source", "reason", "image", "error"}  # may hold any text
 _WHOLE_NUMBERS = {"revision", "views", "views_failed"}
 _NUMBERS = {"logit", "probability", "calibrated", "threshold"}
@@ -78,10 +78,15 @@ def _cells(name: str, column: Sequence[Any]) -> Sequence[str]:
     """Return a column as it stands in a CSV."""
     if name in _NUMBERS | _WHOLE_NUMBERS:
         return ["" if value is None else repr(value) for value in column]
-    cells = [text or "" for text in column]
-    if name in _FREE:
-        cells = ["'" + text if text.startswith(_FORMULA) else text for text in cells]
-    if _needs_quotes("".join(cells)):
+    cells: Sequence[str] = column
+    try:
+        together = "".join(cells)
+    except TypeError:  # some are None
+        cells = [text or "" for text in column]
+        together = "".join(cells)
+    if name in _FREE and not _FORMULA.isdisjoint(text[:1] for text in cells):
+        cells = ["'" + text if text[:1] in _FORMULA else text for text in cells]
+    if _needs_quotes(together):
         quoted = {
             text: '"' + text.replace('"', '""') + '"' if _needs_quotes(text) else text
             for text in set(cells)

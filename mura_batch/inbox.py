@@ -122,6 +122,7 @@ class Inbox:
 
     Attributes:
         waiting: units that had not settled at the last scan.
+        due: when the first of them has settled if it does not change, on the scan's clock.
         refused: units that were offered, are unchanged, and are still there.
         last_scan_seconds: what the last scan of the whole inbox cost.
     """
@@ -147,6 +148,7 @@ class Inbox:
         self._blocked: set[str] = set()
         self._offered: set[str] = set()  # folders out of which something may have been taken
         self.waiting = 0
+        self.due = math.inf
         self.refused = 0
         self.last_scan_seconds = 0.0
 
@@ -154,6 +156,19 @@ class Inbox:
     def blocked(self) -> int:
         """How many folders could not be listed when last looked at, or lie too deep."""
         return len(self._blocked)
+
+    def look(self) -> None:
+        """Look at the whole inbox for the first time: what lies there settles from now on.
+
+        Of a scan, this is all that can be done before the ledger can be asked (``seen``).
+        """
+        self._list_all(self._clock())
+        if self._seen is None:
+            units = self._units()
+            now = self._clock()
+            self._observed = {
+                key: _Observation(unit, first=now, since=now) for key, unit in units.items()
+            }
 
     def scan(self, named: Collection[str] | None = None) -> list[Candidate]:
         """Look at the whole inbox and return the units that are complete.
@@ -339,6 +354,7 @@ class Inbox:
         """
         previous, self._observed = self._observed, {}
         self.waiting = self.refused = 0
+        self.due = math.inf
         candidates = []
         for key, unit in units.items():
             seen = previous.get(key)
@@ -353,6 +369,7 @@ class Inbox:
             settled_by = self._why_settled(seen, looked)
             if settled_by is None:
                 self.waiting += 1
+                self.due = min(self.due, self._due_of(seen))
             elif looked < seen.offer_at:
                 self.refused += 1
             else:
@@ -373,10 +390,12 @@ class Inbox:
         return {
             folder
             for seen in self._observed.values()
-            if not seen.offers
-            if now - seen.since >= self._settle or now - seen.first >= self._cap
+            if not seen.offers and now >= self._due_of(seen)
             for folder in seen.unit
         }
+
+    def _due_of(self, seen: _Observation) -> float:
+        return min(seen.since + self._settle, seen.first + self._cap)
 
     def _ready_since(self, folder: str) -> float:
         """Return up to which change of its files a marker calls ``folder`` ready, or one above it.
