@@ -5,6 +5,7 @@ Training and scoring call the same :func:`prepare`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,10 @@ class Box:
     bottom: int
 
 
+Resize = Callable[[Luminance, Box, int], Luminance]
+"""Gives a region of luminance (H, W) as (size, size)."""
+
+
 @dataclass(frozen=True, slots=True)
 class NetworkInput:
     """What the network sees of one view.
@@ -39,18 +44,22 @@ class NetworkInput:
     box: Box
 
 
-def prepare(luminance: Luminance, spec: Preprocessing) -> NetworkInput:
+def resized(luminance: Luminance, box: Box, size: int) -> Luminance:
+    """Return ``box`` of luminance (H, W) as (size, size), by Pillow; black outside the film."""
+    film = Image.fromarray(luminance)
+    if (box.left, box.top, box.right, box.bottom) != (0, 0, film.width, film.height):
+        film = _narrowed(film, box, size)
+    return np.asarray(film.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def prepare(luminance: Luminance, spec: Preprocessing, resize: Resize = resized) -> NetworkInput:
     """Return the network input for luminance of shape (H, W).
 
     The resize is PIL's bilinear with antialiasing, so with the default ``spec`` the result is
-    bit-equal to torchvision's ``Resize((224, 224))`` on the PIL image.
+    bit-equal to torchvision's ``Resize((224, 224))`` on the PIL image; ``resize`` gives the same.
     """
     box = _region(luminance, spec)
-    film = Image.fromarray(luminance)
-    if (box.left, box.top, box.right, box.bottom) != (0, 0, film.width, film.height):
-        film = _narrowed(film, box, spec.size)
-    resized = film.resize((spec.size, spec.size), Image.Resampling.BILINEAR)
-    return NetworkInput(np.asarray(resized), box)
+    return NetworkInput(resize(luminance, box, spec.size), box)
 
 
 _STRIP = 1024  # rows: shorter ones cost a call more often

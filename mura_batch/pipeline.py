@@ -289,7 +289,9 @@ class Pipeline:
 
         def action() -> None:
             view = slot.view
-            luminance, seen = read_film(view.file.path, view.frame, card.preprocessing)
+            luminance, seen = read_film(
+                view.file.path, view.frame, card.preprocessing, self._scorer.resize
+            )
             if job.leaves_files:
                 _still_the_same(view.file)
             picture = thumbnail(luminance, seen.box) if self._settings.overlays else None

@@ -22,7 +22,7 @@ from mura_batch.greyscale import (
     stretched,
     strips,
 )
-from mura_batch.network_input import Luminance, NetworkInput, prepare
+from mura_batch.network_input import Luminance, NetworkInput, Resize, prepare, resized
 from mura_batch.preprocessing import Preprocessing
 from mura_batch.untrusted import DECODER_ERRORS, check_size, hush, opened, size_of, sniff
 
@@ -47,7 +47,9 @@ def read_luminance(path: Path, frame: int = 0) -> Luminance:
 _ROOM = 1.75  # with less, other crops of reduced films changed probabilities by up to 0.2
 
 
-def read_film(path: Path, frame: int, spec: Preprocessing) -> tuple[Luminance, NetworkInput]:
+def read_film(
+    path: Path, frame: int, spec: Preprocessing, resize: Resize = resized
+) -> tuple[Luminance, NetworkInput]:
     """Return a film as :func:`read_luminance` does, and what a network sees of it.
 
     Where ``spec.decode`` is ``reduced``, the film is smaller than in its file if what the network
@@ -57,11 +59,11 @@ def read_film(path: Path, frame: int, spec: Preprocessing) -> tuple[Luminance, N
         UnreadableImage, Transient: as for :func:`read_luminance`.
     """
     luminance, reduced = _read(path, frame, spec.enough)
-    seen = prepare(luminance, spec)
+    seen = prepare(luminance, spec, resize)
     side = min(seen.box.right - seen.box.left, seen.box.bottom - seen.box.top)
     if reduced and side < _ROOM * spec.size:
         luminance, _ = _read(path, frame, None)
-        seen = prepare(luminance, spec)
+        seen = prepare(luminance, spec, resize)
     return luminance, seen
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from mura_batch.config import Settings
 from mura_batch.errors import Misconfigured, MuraError, Rejected, Transient, WeightsRefused
-from mura_batch.network_input import Luminance
+from mura_batch.network_input import Luminance, Resize, resized
 from mura_batch.runtime import words
 
 if TYPE_CHECKING:
@@ -88,15 +88,20 @@ def warm_scorer(settings: Settings, weights: WeightsStore, *, lasting: bool = Tr
             kept=settings.home / "compiled" / card.sha256 if lasting else None,
         )
         log.info("network ready", extra={"weights": card.short, "runtime": words(runtime)})
+        if runtime.device != "cpu" and scorer.resize is resized:
+            from mura_batch.runtime.device_resize import quicker_resize  # noqa: PLC0415 - torch, seconds
+
+            scorer.resize = quicker_resize(runtime.device, card.preprocessing.size)
         _settle_garbage()
         return runtime
 
-    return Scorer(
+    scorer = Scorer(
         ready,
         batch=settings.batch,
         batch_seconds=settings.batch_seconds,
         cache_bytes=settings.cache_mb << 20,
     )
+    return scorer
 
 
 def _ranges(weights: WeightsStore, card: Card) -> Mapping[str, float]:
@@ -173,6 +178,11 @@ class Scorer:
         batch: views in one forward pass at most.
         batch_seconds: longest wait for company.
         cache_bytes: warm networks' memory; the least recently used one goes first.
+
+    Attributes:
+        forward_calls: passes that were started.
+        resize: how films are to be made as small as the networks want them, on their device where
+            that is quicker; it changes once the first network is ready.
     """
 
     def __init__(
@@ -184,6 +194,7 @@ class Scorer:
         cache_bytes: int = 2 << 30,
     ) -> None:
         self.forward_calls = 0
+        self.resize: Resize = resized
         self._load = load
         self._batch = batch
         self._batch_seconds = batch_seconds

@@ -319,8 +319,9 @@ def test_too_few_patients_and_one_label_are_refused(atlas: Path, tmp_path: Path)
     with pytest.raises(Misconfigured, match="patients of one label are too few"):
         fit(data, tmp_path / "run", replace(TINY, aside=0.1))
     alone = replace(data, films=tuple(f for f in data.films if f.label == 0))
-    with pytest.raises(Misconfigured, match=r"have the label 0, that of .*labels\.csv:4"):
-        fit(alone, tmp_path / "run", replace(TINY, patience=None))
+    for settings in (TINY, replace(TINY, patience=None)):
+        with pytest.raises(Misconfigured, match=r"have the label 0, that of .*labels\.csv:4"):
+            fit(alone, tmp_path / "run", settings)
     assert not (tmp_path / "run").exists()
 
 

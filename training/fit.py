@@ -156,6 +156,7 @@ def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettin
         Misconfigured: one of them would have one label only, or no batch of films.
     """
     kept = np.array([film for film in films if film.split not in held_out], object)
+    _have_both_labels(kept.tolist())
     aside = np.zeros(len(kept), bool)
     if settings.patience is not None:
         parts = max(2, round(1 / settings.aside))
@@ -170,18 +171,21 @@ def divide(films: Sequence[Film], held_out: Collection[str], settings: FitSettin
             raise Misconfigured(
                 "The studies to choose the epoch by do not have both labels: give more films."
             )
-    if len({film.label for film in kept[~aside]}) == 1:
-        first = kept[~aside][0]
-        raise Misconfigured(
-            f"All films to train on have the label {first.label}, that of {first.where} on: give"
-            " more films."
-        )
+    _have_both_labels(kept[~aside].tolist())
     if (~aside).sum() < settings.batch:
         raise Misconfigured(
             f"{(~aside).sum()} films to train on are less than a batch of {settings.batch}: give"
             " more films."
         )
     return Sides(tuple(kept[~aside]), tuple(kept[aside]))
+
+
+def _have_both_labels(films: Sequence[Film]) -> None:
+    if len({film.label for film in films}) == 1:
+        raise Misconfigured(
+            f"All films to train on have the label {films[0].label}, that of {films[0].where} on:"
+            " give more films."
+        )
 
 
 class _Epoch(NamedTuple):
