@@ -160,7 +160,7 @@ class Inbox:
     def look(self) -> None:
         """Look at the whole inbox for the first time: what lies there settles from now on.
 
-        Of a scan, this is all that can be done before the ledger can be asked (``seen``).
+        But where the ledger has to be asked first what is new (``seen``): it may not be open yet.
         """
         self._list_all(self._clock())
         if self._seen is None:
