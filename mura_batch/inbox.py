@@ -43,6 +43,7 @@ BLOCKED = (
     " and lie no more than 64 deep"
 )
 _Key = tuple[Kind, str]
+_FEW = 500  # files that are opened in a moment: the work that waits from before starts after it
 _DEEPEST = 64  # folders in each other; no tree of studies has a third of that
 
 
@@ -158,16 +159,16 @@ class Inbox:
         return len(self._blocked)
 
     def look(self) -> None:
-        """Look at the whole inbox for the first time: what lies there settles from now on.
+        """Look at the inbox for the first time: what lies there settles from now on.
 
-        But where the ledger has to be asked first what is new (``seen``): it may not be open yet.
+        With many files, or with ``seen``, which may not be open yet, the first scan does that.
         """
-        self._list_all(self._clock())
-        if self._seen is None:
-            units = self._units()
-            now = self._clock()
+        if self._seen is None and self._list_all(self._clock(), most=_FEW):
+            now = (
+                self._clock()
+            )  # all files were seen by now; to find out what they are takes longer
             self._observed = {
-                key: _Observation(unit, first=now, since=now) for key, unit in units.items()
+                key: _Observation(unit, first=now, since=now) for key, unit in self._units().items()
             }
 
     def scan(self, named: Collection[str] | None = None) -> list[Candidate]:
@@ -194,18 +195,20 @@ class Inbox:
 
     # ---- find
 
-    def _list_all(self, now: float) -> None:
-        """List every folder of the inbox."""
+    def _list_all(self, now: float, *, most: float = math.inf) -> bool:
+        """List every folder of the inbox; False where it has more files than ``most``."""
         known, self._folders = self._folders, {}
         told, self._blocked = self._blocked, set()
         self._ready = {}
         todo = [""]
-        while todo:
+        while todo and most >= 0:
             relative = todo.pop()
             folder = self._list(relative, known.get(relative, _NOTHING), now)
             todo += [_join(relative, name) for name in folder.subfolders]
+            most -= len(folder.files)
         if self._blocked and not told:
             log.warning(BLOCKED, extra={"folders": self.blocked})
+        return most >= 0
 
     def _list_below(self, named: set[str], now: float) -> None:
         """List folders, and below them what is not known yet.

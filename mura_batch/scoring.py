@@ -88,10 +88,10 @@ def warm_scorer(settings: Settings, weights: WeightsStore, *, lasting: bool = Tr
             kept=settings.home / "compiled" / card.sha256 if lasting else None,
         )
         log.info("network ready", extra={"weights": card.short, "runtime": words(runtime)})
-        if runtime.device != "cpu" and scorer.resize is resized:
-            from mura_batch.runtime.device_resize import quicker_resize  # noqa: PLC0415 - torch, seconds
+        if runtime.device.startswith("cuda"):
+            from mura_batch.runtime.device_resize import resize_on  # noqa: PLC0415 - torch, seconds
 
-            scorer.resize = quicker_resize(runtime.device, card.preprocessing.size)
+            scorer.resize = resize_on(runtime.device, card.preprocessing.size)
         _settle_garbage()
         return runtime
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mura_batch.demo import drop_samples
 from mura_batch.network_input import Box, Luminance, resized
 from mura_batch.records import Filters
 from mura_batch.results import Results
-from mura_batch.runtime.device_resize import DeviceResize, pillow_weights, quicker_resize
+from mura_batch.runtime.device_resize import DeviceResize, pillow_weights, quicker, resize_on
 
 DEVICES = [
     "cpu",
@@ -80,14 +81,41 @@ def test_weights_lie_on_the_film_and_count_one_in_all(length: int, size: int) ->
     np.testing.assert_allclose(weights.sum(axis=1), 1 << 22, rtol=0, atol=weights.shape[1])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_quicker_way_gives_the_same(device: str) -> None:
-    resize = quicker_resize(device, 320)
-    if device == "cpu":
-        assert resize is resized
-    luminance = film(900, 700, 1)
-    box = Box(-100, 0, 800, 900)
-    np.testing.assert_array_equal(resize(luminance, box, 320), resized(luminance, box, 320))
+def test_a_device_that_fails_leaves_films_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+    resize = DeviceResize("cpu")
+    monkeypatch.setattr(resize, "_resized", lost)
+    luminance, box = film(300, 200, 1), Box(-50, 0, 250, 300)
+    np.testing.assert_array_equal(resize(luminance, box, 64), resized(luminance, box, 64))
+
+
+def test_films_that_are_turned_or_may_not_be_written_to_are_resized() -> None:
+    luminance = film(40, 40, 1)
+    luminance.flags.writeable = False
+    box = Box(0, 0, 40, 40)
+    for turned in (luminance, luminance[:, ::-1], luminance.T[::-1], luminance[:, :1][:, ::-1]):
+        np.testing.assert_array_equal(DeviceResize("cpu")(turned, box, 7), resized(turned, box, 7))
+
+
+def test_what_is_right_and_sooner_is_taken() -> None:
+    known: dict[int, Luminance] = {}
+
+    def at_once(luminance: Luminance, box: Box, size: int) -> Luminance:
+        if size not in known:
+            known[size] = resized(luminance, box, size)
+        return known[size]
+
+    def late(luminance: Luminance, box: Box, size: int) -> Luminance:
+        time.sleep(1)
+        return resized(luminance, box, size)
+
+    def wrong(luminance: Luminance, box: Box, size: int) -> Luminance:
+        return at_once(luminance, box, size) ^ 1
+
+    assert [quicker(own, 320) for own in (at_once, late, wrong)] == [at_once, resized, resized]
+    assert resize_on("cpu", 320) is resized
 
 
 def test_the_daemon_resizes_as_its_scorer_says(

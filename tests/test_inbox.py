@@ -53,26 +53,6 @@ def test_folders_renamed_in_are_found_without_any_event(box: Box, tmp_path: Path
     assert (len(list(box.root.iterdir())), box.inbox.refused) == (180, 180)
 
 
-def test_what_is_there_at_the_first_look_settles_from_then_on(box: Box) -> None:
-    box.put("quiet/a.png")
-    box.put("grows/a.png")
-    box.put("ready/a.png")
-    box.put("ready/.ready")
-    box.inbox.look()
-    box.put("grows/b.png")
-    assert [unit.key for unit in box.scan(after=1.0)] == ["ready"]
-    shutil.rmtree(box.root / "ready")
-    assert (box.inbox.waiting, box.inbox.due) == (2, 102.0)
-    assert [unit.key for unit in box.scan(after=1.0)] == ["quiet"]
-    assert (box.inbox.waiting, box.inbox.due) == (1, 103.0)
-
-
-def test_a_first_look_asks_nothing_of_the_ledger(tmp_path: Path) -> None:
-    box = Box(tmp_path, seen=lambda _: pytest.fail("asked"), archive="leave")
-    box.put("s/a.png")
-    box.inbox.look()
-
-
 @pytest.mark.parametrize("change", ["size", "time", "inode", "another file", "one file less"])
 def test_every_change_starts_the_wait_anew(box: Box, change: str) -> None:
     path = box.put("s/a.png")

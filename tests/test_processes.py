@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
-from torch.utils.data import DataLoader, Dataset
+import torch
+from tiny_atlas import write_atlas
 
 from mura_batch.errors import Transient
-from training.processes import from_workers, pool_of
+from training.processes import loader_watched, pool_of, side_by_side
 
 
 def killed(_: int) -> int:
@@ -22,34 +25,72 @@ def killed(_: int) -> int:
     return 0
 
 
-class Deadly(Dataset[int]):
-    """Items, of which the last but one kills the process that reads it."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, number: int) -> int:
-        return killed(number) if number == 2 else number
-
-
 def test_a_killed_process_of_a_pool_is_told_with_what_to_do() -> None:
     with pytest.raises(Transient, match="run the same command again"), pool_of(2) as pool:
         list(pool.map(killed, range(3)))
 
 
-def test_a_killed_worker_of_a_loader_is_told_alike() -> None:
-    batches = from_workers(DataLoader(Deadly(), 1, num_workers=1, prefetch_factor=1))
-    with pytest.raises(Transient, match="run the same command again"):
-        list(batches)
+def test_a_killed_worker_of_a_loader_is_told_in_a_line(tmp_path: Path) -> None:
+    """Torch says so wherever the main thread is just then, so that this needs a process."""
+    atlas = write_atlas(tmp_path / "atlas", films=60)
+    command = [sys.executable, "-m", "training", "fit", atlas, tmp_path / "run", "--batch", "2"]
+    command += ["--workers", "2", "--patience", "0", "--head-epochs", "0", "--start", "bundled"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True) as child:
+        workers: list[psutil.Process] = []
+        while len(workers) < 2 and child.poll() is None:
+            beside = psutil.Process(child.pid).children(recursive=True)
+            workers = [one for one in beside if is_torchs(one)]
+        time.sleep(2)  # the network learns, mostly
+        for worker in workers:
+            worker.kill()
+        told = child.stderr.read().splitlines()
+    assert child.returncode == 1
+    assert "run the same command again" in told[-1]
+    assert not any(line.startswith("Traceback") for line in told)
+
+
+def is_torchs(one: psutil.Process) -> bool:
+    """Whether a process beside a training is a loader's; some vanish while they are asked."""
+    try:
+        return "pt_data_worker" in one.name() or "training" in one.cmdline()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_another_error_stays_what_it_is() -> None:
-    def batches() -> Iterator[int]:
-        yield 1
+    with pytest.raises(RuntimeError, match="of another kind"), loader_watched():
         raise RuntimeError("of another kind")
 
-    with pytest.raises(RuntimeError, match="of another kind"):
-        list(from_workers(batches()))
+
+def waiting(ended: Path, network: list[torch.Tensor]) -> None:
+    """Wait for long, and say so at the end."""
+    assert network
+    time.sleep(30)
+    ended.touch()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_trial_ends_the_others_at_once(tmp_path: Path, which: int) -> None:
+    before = psutil.Process().children()
+
+    def kill_one() -> None:
+        trials: list[psutil.Process] = []
+        while len(trials) < 2:
+            time.sleep(0.1)
+            new = [one for one in psutil.Process().children() if one not in before]
+            trials = [one for one in new if "spawn_main" in " ".join(one.cmdline())]
+        time.sleep(1.5)  # both are under way
+        min(trials, key=lambda one: (-1) ** which * one.create_time()).kill()
+
+    network = [torch.ones(100_000) for _ in range(100)]  # to send it takes the pool a moment
+    killer = Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(Transient, match="run the same command again"):
+        side_by_side([partial(waiting, tmp_path / str(n), network) for n in range(2)])
+    killer.join()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pool_ends_with_the_process_that_made_it(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from training.metrics import roc_auc
 from training.objectives import film_order, film_weights, outside, regions_and_views, unsteady
 from training.optimisation import parameter_groups, warm_cosines
 from training.prepared import Prepared, prepared
-from training.processes import from_workers
+from training.processes import loader_watched
 from training.run_folder import (
     UNREADABLE,
     alone_in,
@@ -338,12 +338,12 @@ class _Trainer:
         own = epoch.stage.inside
         inside = self._settings.inside if own is None else own
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        draws = from_workers(tqdm(loader, desc=name, disable=None))
-        for step, draw in enumerate(draws, start=1):
-            some = order[(step - 1) * self._settings.batch : step * self._settings.batch]
-            total += self._step(draw, some, inside)
-            if step % _LOOK == 0 or step == len(loader):  # to look waits for the device
-                _finite(float(total), name)
+        with loader_watched():
+            for step, draw in enumerate(tqdm(loader, desc=name, disable=None), start=1):
+                some = order[(step - 1) * self._settings.batch : step * self._settings.batch]
+                total += self._step(draw, some, inside)
+                if step % _LOOK == 0 or step == len(loader):  # to look waits for the device
+                    _finite(float(total), name)
         return float(total) / len(loader)
 
     def _freeze(self, epoch: _Epoch) -> None:

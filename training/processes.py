@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from threading import Thread
-from typing import TypeVar
 
 from mura_batch.errors import Transient
 
-T = TypeVar("T")
-
 _KILLED = (
-    "A process beside this one was killed, perhaps for want of memory: run the same command again;"
-    " with fewer of them (--jobs, --workers) it needs less."
+    "A process beside this one was killed, perhaps for want of memory: free some, and run the same"
+    " command again."
 )
 
 
@@ -36,14 +33,28 @@ def pool_of(count: int | None) -> Iterator[ProcessPoolExecutor]:
         raise Transient(_KILLED) from exc
 
 
-def from_workers(batches: Iterable[T]) -> Iterator[T]:
-    """Yield the batches of a torch loader with workers.
+def side_by_side(works: Sequence[Callable[[], None]]) -> None:
+    """Do them in a process each; an error of one of them is raised when it has ended.
 
     Raises:
-        Transient: a worker was killed.
+        Transient: one of the processes was killed, which ends the others too.
+    """
+    with pool_of(len(works)) as pool:
+        under_way = [pool.submit(work) for work in works]
+        pool.submit(int)  # the pool watches a process only from the next submission on
+        for ended in as_completed(under_way):
+            ended.result()
+
+
+@contextmanager
+def loader_watched() -> Iterator[None]:
+    """Around all that is done while a torch loader has workers.
+
+    Raises:
+        Transient: a worker was killed; torch raises of it wherever the main thread is just then.
     """
     try:
-        yield from batches
+        yield
     except RuntimeError as exc:  # torch has no kind of its own for it
         if "DataLoader worker" not in str(exc):
             raise

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from training.dataset import Dataset
 from training.evaluate import check_readable
 from training.fit import LossIsNoNumber, divide, fit, study_auc
 from training.folds import folded
-from training.processes import pool_of
+from training.processes import side_by_side
 from training.run_folder import alone_in, compare, data_digest, state_digest, write_json
 from training.settings import CELL, FROZEN, FitSettings, Imbalance, settings_of
 
@@ -98,15 +97,8 @@ def search(
         if jobs == 1:
             work.until(trials, base.seed)
         else:
-            _side_by_side([partial(work.until, trials, base.seed + n) for n in range(jobs)])
+            side_by_side([partial(work.until, trials, base.seed + n) for n in range(jobs)])
     return _best(run, base)
-
-
-def _side_by_side(works: Sequence[Callable[[], None]]) -> None:
-    """Do them in a process each; an error of one of them is raised when it has ended."""
-    with pool_of(len(works)) as pool:
-        for ended in as_completed([pool.submit(work) for work in works]):
-            ended.result()
 
 
 def _within(data: Dataset, held_out: Collection[str], folds: int, base: FitSettings) -> Dataset:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -24,67 +24,52 @@ _TRIED_ON = (2500, 2048)  # rows and columns of a film as plates give them
 class DeviceResize:
     """Pillow's bilinear resize with antialiasing, computed on a torch device.
 
-    Pillow weighs pixels with whole numbers of 1/2^22 and rounds after each of the two directions,
-    and so does this: in float64, which holds these sums exactly in whatever order they are made.
-    Only regions as wide as high are computed here: where one side is reduced more than the other,
-    it depends on Pillow's version which direction comes first. Thread-safe.
+    As in Pillow, pixels are weighed with whole numbers of 1/2^22, and rounded after each of the two
+    directions. Only regions as wide as high are computed here: where one side is reduced more than
+    the other, it depends on Pillow's version which direction comes first. Thread-safe.
 
     Args:
-        device: a torch device that has float64.
+        device: a torch device; the work is queued on its default stream, beside what networks
+            compute on theirs.
     """
 
     def __init__(self, device: str) -> None:
         self.device: Final = device
-        self._streams = threading.local()
 
     @torch.inference_mode()
     def __call__(self, luminance: Luminance, box: Box, size: int) -> Luminance:
-        """Return what :func:`mura_batch.network_input.resized` does."""
+        """Return what :func:`mura_batch.network_input.resized` does; it where the device fails."""
         if box.right - box.left != box.bottom - box.top:
             return resized(luminance, box, size)
         try:
-            with torch.cuda.stream(self._stream()):
-                return self._resized(luminance, box, size).cpu().numpy()
-        except torch.OutOfMemoryError:
+            return self._resized(luminance, box, size).cpu().numpy()
+        except RuntimeError as exc:  # no memory, a lost device: no fault of the film
+            told = str(exc).partition("\n")[0]
+            log.warning("a film is resized on the CPU", extra={"why": told})
             return resized(luminance, box, size)
 
     def _resized(self, luminance: Luminance, box: Box, size: int) -> Tensor:
-        height, width = luminance.shape
-        rows = slice(max(box.top, 0), min(box.bottom, height))
-        columns = slice(max(box.left, 0), min(box.right, width))
-        seen = np.require(luminance[rows, columns], requirements=["C", "W"])
-        film = torch.from_numpy(seen).to(self.device).double()
-        weights = self._weights(box.right - box.left, size)
-        # Outside the film all is black, and weighs nothing.
-        across = weights[:, columns.start - box.left : columns.stop - box.left]
-        down = weights[:, rows.start - box.top : rows.stop - box.top]
-        return _rounded(down @ _rounded(film @ across.T)).to(torch.uint8)
+        first, weights = pillow_weights(box.right - box.left, size)
+        film = torch.from_numpy(np.array(luminance, order="C")).to(self.device)
+        narrow = self._weighed(film, first + box.left, weights)
+        return self._weighed(narrow.T, first + box.top, weights).T
 
-    def _weights(self, length: int, size: int) -> Tensor:
-        """Return with what each of ``length`` pixels counts in each of ``size``, in 1/2^22."""
-        first, weights = pillow_weights(length, size)
-        places = torch.from_numpy(first[:, np.newaxis] + np.arange(weights.shape[1]))
-        whole = torch.zeros(
-            (size, length + weights.shape[1]), dtype=torch.float64, device=self.device
-        )
-        whole.scatter_(1, places.to(self.device), torch.from_numpy(weights).to(self.device))
-        return whole[:, :length]
-
-    def _stream(self) -> torch.cuda.Stream | None:
-        """Return this thread's own stream; None, which changes nothing, on a CPU."""
-        if not self.device.startswith("cuda"):
-            return None
-        if not hasattr(self._streams, "own"):
-            self._streams.own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch has no types for it
-        stream: torch.cuda.Stream = self._streams.own
-        return stream
+    def _weighed(
+        self, film: Tensor, first: NDArray[np.int64], weights: NDArray[np.int32]
+    ) -> Tensor:
+        """Return a film's columns weighed; those outside of it are black, and weigh nothing."""
+        places = first[:, np.newaxis] + np.arange(weights.shape[1])
+        weights = np.where((places >= 0) & (places < film.shape[1]), weights, 0)
+        columns = torch.from_numpy(places.clip(0, film.shape[1] - 1)).to(self.device)
+        counts = torch.from_numpy(weights).to(self.device)
+        half = 1 << (_BITS - 1)
+        sums = torch.full((len(film), len(first)), half, dtype=torch.int32, device=self.device)
+        for tap in range(weights.shape[1]):
+            sums += film[:, columns[:, tap]].int() * counts[:, tap]
+        return (sums >> _BITS).clamp(0, 255).to(torch.uint8)
 
 
-def _rounded(sums: Tensor) -> Tensor:
-    return sums.add_(1 << (_BITS - 1)).div_(1 << _BITS).floor_().clamp_(0, 255)
-
-
-def pillow_weights(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def pillow_weights(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Return Pillow's bilinear weights along a side of ``length`` pixels that is made ``size``.
 
     Returns:
@@ -104,32 +89,31 @@ def pillow_weights(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[n
     weights = 1.0 - np.abs((places - centre[:, np.newaxis] + 0.5) * (1.0 / support))
     weights[(weights < 0) | (places >= last[:, np.newaxis])] = 0.0
     weights /= np.add.accumulate(weights, axis=1)[:, -1:]
-    return first, np.floor(0.5 + weights * (1 << _BITS))
+    return first, (0.5 + weights * (1 << _BITS)).astype(np.int32)
 
 
-def quicker_resize(device: str, size: int) -> Resize:
+@cache
+def resize_on(device: str, size: int) -> Resize:
     """Return how films are made ``size`` pixels wide and high: on a CUDA device, where that is
-    right and faster on this machine, else by Pillow.
+    right and quicker on this machine, else by Pillow. Tried once in a process.
     """
-    if not device.startswith("cuda"):
-        return resized
+    return quicker(DeviceResize(device), size) if device.startswith("cuda") else resized
+
+
+def quicker(own: Resize, size: int) -> Resize:
+    """Return ``own`` where it gives a large film as Pillow does, and sooner; else Pillow's."""
     height, width = _TRIED_ON
     film = np.random.default_rng(0).integers(0, 256, _TRIED_ON).astype(np.uint8)
     margin = (height - width) // 2
     box = Box(-margin, 0, width + margin, height)
-    own = DeviceResize(device)
-    try:
-        if not np.array_equal(own(film, box, size), resized(film, box, size)):
-            return resized
-        times = [
-            min(_seconds(one, film, box, size) for _ in range(_TURNS)) for one in (own, resized)
-        ]
-    except RuntimeError as exc:
-        log.warning("films are resized on the CPU", extra={"why": str(exc).partition("\n")[0]})
+    if not np.array_equal(own(film, box, size), resized(film, box, size)):
         return resized
-    told = {"device_ms": round(1000 * times[0], 1), "cpu_ms": round(1000 * times[1], 1)}
+    ours, pillows = (
+        min(_seconds(one, film, box, size) for _ in range(_TURNS)) for one in (own, resized)
+    )
+    told = {"device_ms": round(1000 * ours, 1), "cpu_ms": round(1000 * pillows, 1)}
     log.info("a large film resized", extra=told)
-    return own if times[0] < times[1] else resized
+    return own if ours < pillows else resized
 
 
 def _seconds(resize: Resize, film: Luminance, box: Box, size: int) -> float:
