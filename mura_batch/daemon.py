@@ -118,10 +118,9 @@ class Daemon:
                 _check_inbox(settings)
             inbox = Inbox(settings, seen=lambda f: store.seen(f.name, f.size, f.mtime_ns, f.inode))
             inbox.look()
-            # Half a second of imports, in which the inbox settles.
-            from mura_batch.pipeline import Pipeline  # noqa: PLC0415 - imports NumPy, pydicom and Pillow
-            from mura_batch.scoring import warm_scorer  # noqa: PLC0415 - imports NumPy
-            from mura_batch.store import Store  # noqa: PLC0415 - imports SQLAlchemy
+            from mura_batch.pipeline import Pipeline  # noqa: PLC0415 - a quarter of a second, in which the inbox settles
+            from mura_batch.scoring import warm_scorer  # noqa: PLC0415 - NumPy, while the inbox settles
+            from mura_batch.store import Store  # noqa: PLC0415 - SQLAlchemy, while the inbox settles
 
             store = stack.enter_context(Store.open(settings.database_url))
             weights = WeightsStore(settings.weights_dir)

@@ -109,7 +109,8 @@ class GreyTable:
         last = number(self.dataset, "PixelPaddingRangeLimit")
         ends = [int(first), int(first if last is None else last)]
         if self.signed:  # a negative value may be written as an unsigned one
-            ends = [end - 0x10000 if end > 0x7FFF else end for end in ends]  # noqa: PLR2004 - the largest number of 16 signed bits
+            largest = np.iinfo(np.int16).max
+            ends = [end - 0x10000 if end > largest else end for end in ends]
         return np.asarray((stored >= min(ends)) & (stored <= max(ends)))
 
     def _groups(self, macro: str) -> list[Dataset]:

@@ -57,6 +57,9 @@ _KEYWORDS = (
 )
 
 
+_WORD = 16  # bits of the widest values that are usual, and that Pillow reads of JPEG 2000
+
+
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """How the header says that one frame is stored (PS3.3 C.7.6.3)."""
@@ -87,7 +90,7 @@ class _Layout:
         """
         if self.photometric == "PALETTE COLOR":
             return 6
-        return 16 if self.allocated > 16 else self.samples * self.allocated // 8  # noqa: PLR2004 - wider words than of 16 bits are weighed alike
+        return 16 if self.allocated > _WORD else self.samples * self.allocated // 8
 
 
 def read_dicom(stream: BinaryIO, frame: int, enough: int | None) -> tuple[NDArray[np.uint8], bool]:
@@ -388,7 +391,7 @@ def _run_lengths(packed: bytes, layout: _Layout) -> NDArray[Any]:
 def _is_plain_grey(layout: _Layout, dataset: Dataset) -> bool:
     """Tell whether means of neighbouring values mean something: no palette, no padding."""
     grey = layout.photometric in {"MONOCHROME1", "MONOCHROME2"}
-    return grey and layout.allocated <= 16 and "PixelPaddingValue" not in dataset  # noqa: PLR2004 - Pillow reads JPEG 2000 of up to 16 bits
+    return grey and layout.allocated <= _WORD and "PixelPaddingValue" not in dataset
 
 
 def _smaller(
@@ -500,7 +503,7 @@ def _painted(stored: NDArray[Any], dataset: Dataset) -> tuple[NDArray[Any], int]
     index = unsigned_words(stored)
     domain = np.arange(np.iinfo(index.dtype).max + 1)
     palette = apply_color_lut(domain.reshape(1, -1), dataset)[0, :, :3]
-    bits = 16 if palette.dtype == np.uint16 and int(palette.max()) > 0xFF else 8  # noqa: PLR2004 - the largest number of 8 bits
+    bits = 16 if palette.dtype == np.uint16 and palette.max() > np.iinfo(np.uint8).max else 8
     return palette[index], bits
 
 
