@@ -164,9 +164,7 @@ class Inbox:
         With many files, or with ``seen``, which may not be open yet, the first scan does that.
         """
         if self._seen is None and self._list_all(self._clock(), most=_FEW):
-            now = (
-                self._clock()
-            )  # all files were seen by now; to find out what they are takes longer
+            now = self._clock()  # the files were seen; to find out what they are takes longer
             self._observed = {
                 key: _Observation(unit, first=now, since=now) for key, unit in self._units().items()
             }
